@@ -1,0 +1,144 @@
+"""Kernel: a rendered and built template, callable with its op's argument list."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoflash.codegen import ops
+from autoflash.codegen.template import Source
+
+if TYPE_CHECKING:
+    import torch
+
+Launch = Callable[..., None]
+"""Launches a kernel whose sizes and strides are bound.
+
+Called as launch(*pointers, softmax_scale, last): the addresses of the op's tensors in order (0 for
+an `lse` that is not wanted), then the CUDA stream handle, or the number of threads on a CPU. It does
+not check anything.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What the compiler says a kernel uses; None where it does not say.
+
+    Attributes:
+        compile_s: wall time of the compilation that made it.
+        binary_bytes: size of the binary.
+        registers: 32-bit registers per thread.
+        spill_bytes: bytes per thread that did not fit in registers.
+        smem_bytes: shared memory per thread block.
+        num_threads: threads per thread block.
+    """
+
+    compile_s: float
+    binary_bytes: int
+    registers: int | None = None
+    spill_bytes: int | None = None
+    smem_bytes: int | None = None
+    num_threads: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A compiled kernel on disk: can be made without the device, loaded only with it.
+
+    Attributes:
+        source: what was compiled.
+        arch: what for ("sm80", "cpu").
+        digest: of source, compiler, flags and arch: the cache directory's name.
+        directory: holds the source, the binary and meta.json.
+        resources: read back from meta.json.
+    """
+
+    source: Source
+    arch: str
+    digest: str
+    directory: Path
+    resources: Resources
+
+
+META = "meta.json"
+
+
+def write_meta(directory: Path, resources: Resources, **facts: Any) -> None:
+    """Write meta.json: the resources, and whatever else a person may want to know."""
+    text = json.dumps({"resources": resources.to_dict(), **facts}, indent=1, sort_keys=True)
+    (directory / META).write_text(text + "\n", encoding="utf-8")
+
+
+def read_resources(directory: Path) -> Resources:
+    """The resources that `write_meta` stored."""
+    meta = json.loads((directory / META).read_text(encoding="utf-8"))
+    return Resources(**meta["resources"])
+
+
+class Kernel(ABC):
+    """A loaded kernel.
+
+    Attributes:
+        artifact: where it came from.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+
+    @property
+    def resources(self) -> Resources:
+        """What the compiler says it uses."""
+        return self.artifact.resources
+
+    @abstractmethod
+    def prepare(self, scalars: tuple[int, ...]) -> Launch:
+        """Bind sizes and strides.
+
+        Args:
+            scalars: the op's sizes and strides in order (ops.fwd_scalars).
+
+        Returns:
+            What to call with addresses, softmax_scale and stream (or number of threads). All
+            that depends on the shape, such as the grid, is computed here and not per call.
+        """
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        softmax_scale: float,
+        layout: str = "bshd",
+    ) -> None:
+        """Run once on the current stream: for tests and tuning, not the hot path.
+
+        Args:
+            q: query, (batch, seqlen_q, num_heads, head_dim) for layout "bshd".
+            k: key, (batch, seqlen_k, num_kv_heads, head_dim).
+            v: value, (batch, seqlen_k, num_kv_heads, head_dim_v).
+            out: output, (batch, seqlen_q, num_heads, head_dim_v); overwritten.
+            lse: (batch, num_heads, seqlen_q) float32 contiguous, overwritten; or None.
+            softmax_scale: factor of the scores before the softmax.
+            layout: "bshd" or "bhsd", of all four.
+        """
+        import torch
+
+        launch = self.prepare(ops.fwd_scalars((q, k, v, out), layout))
+        pointers = [t.data_ptr() for t in (q, k, v, out)]
+        lse_pointer = 0 if lse is None else lse.data_ptr()
+        if q.device.type == "cuda":
+            last = torch.cuda.current_stream(q.device).cuda_stream
+        else:
+            last = torch.get_num_threads()
+        launch(*pointers, lse_pointer, softmax_scale, last)

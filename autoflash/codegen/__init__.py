@@ -1,0 +1,1 @@
+"""From a template file to source text: catalog, template, space, ops."""
