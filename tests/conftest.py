@@ -1,0 +1,50 @@
+"""What tests share: a cache directory of their own, and the device they may use."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything reads the settings: tests must neither use nor fill the user's cache. One shared
+# directory for the whole run, so that a kernel is compiled once however many tests use it.
+_CACHE = tempfile.TemporaryDirectory(prefix="autoflash-tests-")
+os.environ["AUTOFLASH_CACHE_DIR"] = _CACHE.name
+for _name in ("AUTOFLASH_DATABASE", "AUTOFLASH_TEMPLATES", "AUTOFLASH_TUNING_DB"):
+    os.environ.pop(_name, None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite tests/golden from what is rendered now"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device here: runs with `make gpu` on a machine with one")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache directory of this test alone, in this process and in those it starts."""
+    from autoflash import settings
+    from autoflash.build import cache
+
+    monkeypatch.setenv("AUTOFLASH_CACHE_DIR", str(tmp_path / "cache"))
+    settings.get.cache_clear()
+    cache._writable.cache_clear()
+    yield tmp_path / "cache"
+    settings.get.cache_clear()
+    cache._writable.cache_clear()
