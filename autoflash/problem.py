@@ -74,8 +74,9 @@ class Problem:
                 raise InvalidInput(f"{name}={value!r}: a whole number from {least} up is needed.")
         if self.num_heads % self.num_kv_heads:
             raise InvalidInput(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
-                "each key/value head must serve the same number of query heads."
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads="
+                f"{self.num_kv_heads}: each key/value head must serve as many query heads as "
+                "every other."
             )
 
     @property

@@ -19,7 +19,7 @@ for _name in ("AUTOFLASH_DATABASE", "AUTOFLASH_TEMPLATES", "AUTOFLASH_TUNING_DB"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--update-golden", action="store_true", help="rewrite tests/golden from what is rendered now"
+        "--update-golden", action="store_true", help="rewrite tests/golden from what is rendered"
     )
 
 
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="no CUDA device here: runs with `make gpu` on a machine with one")
+    skip = pytest.mark.skip(reason="no CUDA device here; `make gpu` runs these where there is one")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 Launch = Callable[..., None]
 """Launches a kernel whose sizes and strides are bound.
 
-Called as launch(*pointers, softmax_scale, last): the addresses of the op's tensors in order (0 for
-an `lse` that is not wanted), then the CUDA stream handle, or the number of threads on a CPU. It does
-not check anything.
+Called as launch(*pointers, softmax_scale, last): the addresses of the op's tensors in order (0
+for an `lse` that is not wanted), the scale, then the CUDA stream handle, or the number of threads
+on a CPU. It does not check anything.
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import re
 import sys
 import traceback
@@ -108,8 +109,9 @@ class Template:
         derived: name -> expression; each may use those above it.
         constraints: message -> expression over tunables, derived, problem and device.
         options: what the compiler is told: name -> expression.
-        digest: sha256 of the body and its shared parts; a record holds only while this stands.
-            The declaration is left out, so that widening a space retires nothing.
+        digest: sha256 of all that decides what a config renders to: the body, its shared parts,
+            `derived` and `options`. A record holds only while it stands; widening the space or
+            adding a seed retires nothing.
     """
 
     name: str
@@ -328,7 +330,7 @@ def load(path: Path, root: Path, env: jinja2.Environment) -> Template:
         derived=declaration.get("derived", {}),
         constraints=declaration.get("constraints", {}),
         options=declaration.get("options", {}),
-        digest=_digest(file, path, env),
+        digest=_digest(file, declaration, env),
         _environment=env,
         _file=file,
     )
@@ -434,9 +436,10 @@ def _files(file: str, env: jinja2.Environment) -> list[str]:
     return found
 
 
-def _digest(file: str, path: Path, env: jinja2.Environment) -> str:
+def _digest(file: str, declaration: Mapping[str, Any], env: jinja2.Environment) -> str:
     assert env.loader is not None
-    digest = hashlib.sha256()
+    tables = [declaration.get(name, {}) for name in ("derived", "options")]
+    digest = hashlib.sha256(json.dumps(tables, sort_keys=True).encode())
     for name in _files(file, env):
         text, _, _ = env.loader.get_source(env, name)
         body = _DECLARATION.sub("", text, count=1)

@@ -21,7 +21,9 @@ AVX512 = Device(
     l2_bytes=1 << 20,
     isa=("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"),
 )
-AVX2 = Device(name="golden cpu", arch="cpu", num_sms=2, l2_bytes=1 << 20, isa=("avx2", "fma", "f16c"))
+AVX2 = Device(
+    name="golden cpu", arch="cpu", num_sms=2, l2_bytes=1 << 20, isa=("avx2", "fma", "f16c")
+)
 CASES = {
     "sm80-d64c-bfloat16": (KNOWN_GPUS["sm80"], Problem.parse("b4s4096h16d64c-bfloat16")),
     "sm80-d80x48f-float32": (KNOWN_GPUS["sm80"], Problem.parse("b4s1000h6/2d80x48f-float32")),
