@@ -39,11 +39,11 @@ def find_or_make(digest: str, fill: Callable[[Path], None]) -> Path:
     Raises:
         CacheError: no space left, or another process has held the lock for LOCK_TIMEOUT_S.
     """
-    root = _root()
-    final = root / "kernels" / digest[:2] / digest
+    top = root()
+    final = top / "kernels" / digest[:2] / digest
     if final.is_dir():
         return final
-    locks = root / "locks"
+    locks = top / "locks"
     try:
         locks.mkdir(parents=True, exist_ok=True)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def find_or_make(digest: str, fill: Callable[[Path], None]) -> Path:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CacheError(
-                f"no space left below {root} while building a kernel ({error}). Free some, or set "
+                f"no space left below {top} while building a kernel ({error}). Free some, or set "
                 "AUTOFLASH_CACHE_DIR to another disk; everything already built is kept."
             ) from error
         raise
@@ -75,23 +75,24 @@ def _publish(final: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _root() -> Path:
-    root = settings.get().cache_dir
-    return root if _writable(root) else _private_root()
+def root() -> Path:
+    """Where built kernels go: the cache directory, or a private one where that is read-only."""
+    chosen = settings.get().cache_dir
+    return chosen if _writable(chosen) else _private_root()
 
 
 @cache
-def _writable(root: Path) -> bool:
+def _writable(directory: Path) -> bool:
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe = root / f".probe-{os.getpid()}"
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".probe-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True  # reported with its own message when something is built
         warnings.warn(
-            f"cannot write to the cache directory {root} ({error}); kernels are built in a "
+            f"cannot write to the cache directory {directory} ({error}); kernels are built in a "
             "temporary directory and lost at exit. Set AUTOFLASH_CACHE_DIR to a writable one.",
             RuntimeWarning,
             stacklevel=2,
@@ -104,6 +105,6 @@ def _writable(root: Path) -> bool:
 def _private_root() -> Path:
     import atexit
 
-    root = Path(tempfile.mkdtemp(prefix="autoflash-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return root
+    directory = Path(tempfile.mkdtemp(prefix="autoflash-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory

@@ -90,9 +90,9 @@ class Op:
 
 
 _POINTERS = ("input", "output", "output_float32")
-_LAYOUT_AXES = {"bshd": (0, 1, 2), "bhsd": (0, 2, 1)}
+LAYOUT_AXES = {"bshd": (0, 1, 2), "bhsd": (0, 2, 1)}
 """Where batch, seqlen and heads lie among a tensor's dimensions; head_dim is always last."""
-LAYOUTS = tuple(_LAYOUT_AXES)
+LAYOUTS = tuple(LAYOUT_AXES)
 
 
 def _strides(tensor: str) -> tuple[Argument, ...]:
@@ -137,7 +137,7 @@ def fwd_scalars(tensors: Sequence[torch.Tensor], layout: str = "bshd") -> tuple[
         tensors: q, k, v, out, each of four dimensions in `layout`.
         layout: "bshd" or "bhsd".
     """
-    b, s, h = _LAYOUT_AXES[layout]
+    b, s, h = LAYOUT_AXES[layout]
     q, k = tensors[0].shape, tensors[1].shape
     scalars = [q[b], q[s], k[s], q[h], k[h]]
     for tensor in tensors:

@@ -172,9 +172,18 @@ class Template:
                 return f"{name} has no value"
             if config[name] not in choices:
                 return f"{name}={config[name]} is not one of {list(choices)}"
-        scope = self._scope(config, problem, device)
+        return self._broken(config, problem, device, {})
+
+    def _broken(
+        self, config: Config, problem: Problem, device: Device, known: dict[Any, Any]
+    ) -> str | None:
+        """`broken` of values that are among the choices; `known` as in `_scope`."""
+        scope = self._scope(config, problem, device, known)
         for message, expression in self.constraints.items():
-            if not self._evaluate(expression, scope, f'constraint "{message}"'):
+            key = (message, *[scope[name] for name in self._depends[expression]])
+            if key not in known:
+                known[key] = self._evaluate(expression, scope, f'constraint "{message}"')
+            if not known[key]:
                 return message
         return None
 
@@ -184,10 +193,11 @@ class Template:
         feasible: list[Config] = []
         rejected: Counter[str] = Counter()
         size = 0
+        known: dict[Any, Any] = {}  # most expressions depend on few tunables: seconds become tenths
         for values in itertools.product(*self.tunables.values()):
             size += 1
             config = Config.of(self.name, dict(zip(names, values, strict=True)))
-            message = self.broken(config, problem, device)
+            message = self._broken(config, problem, device, known)
             if message is None:
                 feasible.append(config)
             else:
@@ -239,11 +249,37 @@ class Template:
 
     # Expressions --------------------------------------------------------------------------------
 
-    def _scope(self, config: Config, problem: Problem, device: Device) -> dict[str, Any]:
-        scope: dict[str, Any] = {**config, "problem": problem, "device": device}
+    def _scope(
+        self,
+        config: Config,
+        problem: Problem,
+        device: Device,
+        known: dict[Any, Any] | None = None,
+    ) -> dict[str, Any]:
+        """All names of an expression; `known` keeps values for other configs of one problem."""
+        known = {} if known is None else known
+        scope: dict[str, Any] = {**dict(config.pairs), "problem": problem, "device": device}
         for name, expression in self.derived.items():
-            scope[name] = self._evaluate(expression, scope, f"derived {name}")
+            key = (name, *[scope[tunable] for tunable in self._depends[expression]])
+            if key not in known:
+                known[key] = self._evaluate(expression, scope, f"derived {name}")
+            scope[name] = known[key]
         return scope
+
+    @cached_property
+    def _depends(self) -> dict[str, tuple[str, ...]]:
+        """Expression of a derived value or constraint -> the tunables that decide its value."""
+        of_name: dict[str, set[str]] = {name: {name} for name in self.tunables}
+        depends: dict[str, tuple[str, ...]] = {}
+        for name, expression in (*self.derived.items(), *self.constraints.items()):
+            used = jinja2.meta.find_undeclared_variables(
+                self._environment.parse("{{ " + expression + " }}")
+            )
+            tunables = set().union(*(of_name.get(other, set()) for other in used))
+            depends[expression] = tuple(sorted(tunables))
+            if name in self.derived:
+                of_name[name] = tunables
+        return depends
 
     def _evaluate(self, expression: str, scope: Mapping[str, Any], what: str) -> Any:
         try:

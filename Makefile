@@ -1,0 +1,61 @@
+# What can be done with a checkout. All of it lives in .venv; stamp files make a second run instant.
+# ARGS goes to the command behind a target: make test ARGS="-k cache", make tune ARGS="--grid cpu".
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+NEWEST_TRITON := 3.9.0
+
+.PHONY: tune test gpu newest-triton lint types imports format golden bench clean
+
+tune: $(VENV)/installed  ## exit 3 (nothing beat the default) is an answer, not a failure
+	$(BIN)/autoflash tune $(ARGS) || test $$? -eq 3
+
+test: $(VENV)/developed
+	$(BIN)/pytest $(ARGS)
+
+gpu: $(VENV)/developed
+	$(BIN)/pytest -m gpu $(ARGS)
+
+newest-triton: $(VENV)/developed $(VENV)/triton-$(NEWEST_TRITON)
+	PYTHONPATH=$(VENV)/triton-$(NEWEST_TRITON) $(BIN)/pytest tests/compile $(ARGS)
+
+lint: $(VENV)/developed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/developed
+	$(BIN)/mypy
+
+imports: $(VENV)/developed
+	$(BIN)/lint-imports
+
+format: $(VENV)/developed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+golden: $(VENV)/developed
+	$(BIN)/pytest -q tests/golden --update-golden
+
+bench: $(VENV)/installed
+	$(BIN)/autoflash bench $(ARGS)
+
+clean:  # the cache of kernels and the database are the user's: autoflash doctor says where
+	rm -rf $(VENV)
+
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch  # first, so that nothing that depends on it brings another build
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/developed: $(VENV)/installed
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/triton-$(NEWEST_TRITON): $(VENV)/torch
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$(NEWEST_TRITON)

@@ -1,0 +1,9 @@
+"""How does autoflash compare with what else could be run here? Used by `autoflash bench`."""
+
+from __future__ import annotations
+
+from autoflash.benchmark.grids import GRIDS, grid
+from autoflash.benchmark.report import Report, Row, show, table
+from autoflash.benchmark.runner import PROVIDERS, run
+
+__all__ = ["GRIDS", "PROVIDERS", "Report", "Row", "grid", "run", "show", "table"]

@@ -1,0 +1,73 @@
+"""Which problems are compared: named grids, and grids in files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from autoflash.errors import InvalidInput, UnknownName
+from autoflash.problem import Problem
+
+
+def _parse(names: str, *dtypes: str) -> tuple[Problem, ...]:
+    return tuple(Problem.parse(name, dtype) for dtype in dtypes for name in names.split())
+
+
+GRIDS = {
+    # A few seconds on anything: masks, groups, one query row, lengths that fit no tile.
+    "smoke": _parse(
+        "b2s128h4d64c b2s128h4d64f b1s113x203h4/2d40c b1s1x512h8/2d128f", "float32", "bfloat16"
+    ),
+    "cpu": _parse(
+        "b1s1024h8d64c b1s1024h8d64f b1s4096h8d64c b1s4096h8d64f b1s2048h8d128c b1s2048h8d128f",
+        "float32",
+        "bfloat16",
+    ),
+    # The FlashAttention papers' shape: 16384 tokens, num_heads * head_dim = 2048, and 32/8 heads.
+    "fwd": _parse(
+        "b16s1024h32d64c b4s4096h32d64c b1s16384h32d64c"
+        " b16s1024h32d64f b4s4096h32d64f b1s16384h32d64f"
+        " b16s1024h16d128c b4s4096h16d128c b1s16384h16d128c"
+        " b16s1024h16d128f b4s4096h16d128f b1s16384h16d128f"
+        " b16s1024h8d256c b4s4096h8d256c b1s16384h8d256c"
+        " b16s1024h8d256f b4s4096h8d256f b1s16384h8d256f"
+        " b4s4096h32/8d128c b1s16384h32/8d128c",
+        "bfloat16",
+    ),
+}
+"""Name -> problems."""
+
+
+def grid(name: str, dtype: str = "bfloat16") -> tuple[Problem, ...]:
+    """The problems of a named grid, or of a file with one Problem.name per line.
+
+    Args:
+        name: a key of GRIDS, or a path; in a file `#` begins a comment and empty lines are skipped.
+        dtype: of names in a file that give none.
+
+    Raises:
+        UnknownName: neither a grid nor a file.
+        InvalidInput: the file cannot be read, names no problem, or has a line that is none.
+    """
+    if name in GRIDS:
+        return GRIDS[name]
+    path = Path(name)
+    if not path.is_file():
+        raise UnknownName.of("grid or file", name, GRIDS)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path} cannot be read as a grid: {error}") from error
+    problems = []
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        try:
+            problems.append(Problem.parse(text, dtype))
+        except InvalidInput as error:
+            raise InvalidInput(f"{path}:{number}: {error}") from None
+    if not problems:
+        raise InvalidInput(
+            f"{path} names no problem; give one per line, such as b4s4096h32/8d128c."
+        )
+    return tuple(dict.fromkeys(problems))

@@ -1,0 +1,269 @@
+"""The command line: one short function per command."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import autoflash
+from autoflash.cli import db as db_commands
+from autoflash.cli import output, records, reports, results
+from autoflash.cli.options import (
+    AnyArchOption,
+    AnyDeviceOption,
+    ArchOption,
+    DatabaseOption,
+    EffortOption,
+    JobsOption,
+    JsonOption,
+    SeedOption,
+    TemplatesOption,
+    TrialsOption,
+    default_effort,
+    device_key,
+    template_names,
+    use,
+)
+from autoflash.cli.problems import Selection, takes_problems, words
+from autoflash.errors import AutoflashError
+from autoflash.settings import PACKAGE_DIR
+
+app = typer.Typer(
+    name="autoflash",
+    add_completion=False,
+    rich_markup_mode="markdown",  # rewraps the docstrings
+    pretty_exceptions_enable=False,  # a traceback is for our own bugs, and then a whole one
+    help="Generate flash-attention kernels, find the fastest for a device and shape, serve it.",
+)
+app.add_typer(db_commands.app, name="db")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 2 a mistake in the request; see results for `tune`.
+
+    Args:
+        arguments: those after the program's name; None takes them from sys.argv.
+    """
+    warnings.showwarning = _show_warning
+    try:
+        given = sys.argv[1:] if arguments is None else arguments
+        app(args=given or ["--help"], prog_name="autoflash")
+    except AutoflashError as error:
+        output.remark(f"autoflash: {error}")
+        sys.exit(results.EXIT_ERROR)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    output.remark(f"autoflash: warning: {message}")
+
+
+@app.command()
+@takes_problems
+def tune(
+    selection: Selection,
+    arch: ArchOption = "native",
+    templates: TemplatesOption = None,
+    effort: EffortOption = None,
+    trials: TrialsOption = None,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", metavar="S", min=0, help="Most time for the run.")
+    ] = None,
+    seed: SeedOption = 0,
+    jobs: JobsOption = None,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the fastest kernel for each problem: generate, compile, check, time and remember.
+
+    Exit code: 0 something improved (or was predicted), 2 a mistake in the request, 3 nothing beat
+    the template's default, 4 not all was done (what was done is kept; run again to go on),
+    5 nothing valid was found.
+    """
+    from autoflash import device as devices
+    from autoflash.database import Database
+    from autoflash.tuning import tuner
+
+    use(jobs=jobs, database=database)
+    device = devices.for_arch(arch)
+    problems = selection.problems(device)
+    with Database.open() as db:
+        with output.TuneProgress(quiet=as_json) as progress:
+            found = tuner.tune(
+                problems,
+                device,
+                database=db,
+                effort=effort or default_effort(device),
+                max_trials=trials,
+                max_seconds=seconds,
+                templates=template_names(templates),
+                seed=seed,
+                on_event=progress,
+            )
+        results.tuned(found, device, db, as_json)
+    raise typer.Exit(results.exit_code(found, len(problems)))
+
+
+@app.command()
+@takes_problems
+def plan(
+    selection: Selection,
+    arch: ArchOption = "native",
+    templates: TemplatesOption = None,
+    effort: EffortOption = None,
+    trials: TrialsOption = None,
+    jobs: JobsOption = None,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what `tune` would do: how many configs, what rejects the others and why, how long."""
+    from autoflash import device as devices
+    from autoflash.database import Database
+    from autoflash.tuning import tuner
+
+    use(jobs=jobs, database=database)
+    device = devices.for_arch(arch)
+    with Database.open() as db:
+        plans = tuner.plan(
+            selection.problems(device),
+            device,
+            templates=template_names(templates),
+            effort=effort or default_effort(device),
+            max_trials=trials,
+            database=db,
+            present=tuner.is_present(device),
+        )
+    reports.planned(plans, device, as_json)
+
+
+@app.command()
+@takes_problems
+def show(
+    selection: Selection,
+    arch: AnyArchOption = None,
+    device: AnyDeviceOption = None,
+    every: Annotated[bool, typer.Option("--all", help="Every trial, not only the best.")] = False,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the best records, or with --all every trial and what came of it."""
+    from autoflash.database import Database
+
+    use(database=database)
+    with Database.open() as db:
+        key = device_key(device, db)
+        known = db.trials(device_key=key) if every else db.bests(arch=arch, device_key=key)
+    wanted = [r for r in selection.matching(known) if arch in (None, r.device.arch)]
+    records.shown(wanted, every, as_json)
+
+
+@app.command()
+def why(
+    shapes: Annotated[
+        list[str], typer.Argument(metavar="SHAPE...", help="Such as b4s4096h32/8d128c-bfloat16.")
+    ],
+    arch: ArchOption = "native",
+    count: Annotated[int, typer.Option("--count", min=0, help="Other records to list.")] = 5,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say which record or rule serves a problem, and what the nearest others differ in."""
+    from autoflash import device as devices
+    from autoflash.runtime.explain import explain
+
+    use(database=database)
+    device = devices.for_arch(arch)
+    answers = [explain(shape, device, count=count) for shape in shapes]
+    if as_json:
+        output.write_json([answer.to_dict() for answer in answers])
+    else:
+        for answer in answers:
+            records.explained(answer)
+
+
+@app.command()
+@takes_problems
+def bench(
+    selection: Selection,
+    arch: ArchOption = "native",
+    providers: Annotated[
+        str | None,
+        typer.Option(
+            "--providers", metavar="NAME,NAME...", help="Such as autoflash,sdpa; default: all."
+        ),
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", metavar="N", min=1, help="Turns of each provider.")
+    ] = None,
+    budget: Annotated[
+        float, typer.Option("--budget-ms", metavar="MS", min=1, help="Time for each, about.")
+    ] = 300.0,
+    seed: SeedOption = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the JSON there as well.")
+    ] = None,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time autoflash beside every other attention that is installed, in the same rounds."""
+    from autoflash import benchmark
+    from autoflash import device as devices
+    from autoflash.tuning.timing import ROUNDS
+
+    use(database=database)
+    device = devices.for_arch(arch)
+    report = benchmark.run(
+        selection.problems(device),
+        device,
+        words(providers) if providers else None,
+        rounds=rounds or ROUNDS,
+        budget_ms=budget,
+        seed=seed,
+        on_start=output.bench_started,
+        on_row=output.bench_row,
+    )
+    reports.benched(report, out, as_json)
+
+
+@app.command()
+@takes_problems
+def warmup(
+    selection: Selection,
+    arch: ArchOption = "native",
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Build now what will serve these problems, so that no call waits for a compiler."""
+    from autoflash import device as devices
+    from autoflash.cli.building import precompile
+    from autoflash.runtime.warmup import warmup as build_ahead
+    from autoflash.tuning.run import is_present
+
+    use(database=database)
+    device = devices.for_arch(arch)
+    problems = selection.problems(device)
+    if is_present(device):
+        built = build_ahead(problems, device="cuda" if device.is_cuda else "cpu")
+        reports.warmed(built, as_json)
+    else:
+        reports.compiled(precompile(problems, device), device, as_json)
+
+
+@app.command("doctor")
+def examine(as_json: JsonOption = False) -> None:
+    """Say what this machine can do, what is missing, what that costs and what to do next."""
+    from autoflash.cli.doctor import diagnose
+
+    diagnosis = diagnose()
+    reports.diagnosed(diagnosis, as_json)
+    raise typer.Exit(results.EXIT_OK if diagnosis.is_useful else results.EXIT_INVALID)
+
+
+@app.command()
+def version(as_json: JsonOption = False) -> None:
+    """Print the version."""
+    facts = {"version": autoflash.__version__, "package": str(PACKAGE_DIR)}
+    output.write_json(facts) if as_json else output.say(autoflash.__version__)

@@ -1,0 +1,186 @@
+"""How the commands speak: tables and JSON on stdout, progress and remarks on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+
+    from autoflash.benchmark import Row
+    from autoflash.config import Config
+    from autoflash.problem import Problem
+    from autoflash.record import Record
+    from autoflash.tuning.progress import Event
+
+_QUIET_S = 5.0
+"""Longest silence of plain progress lines while trials go by."""
+
+
+def say(text: str = "") -> None:
+    """A line of the answer."""
+    print(text)
+
+
+def remark(text: str) -> None:
+    """A line beside the answer: progress, a hint, a warning."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def write_json(value: Any) -> None:
+    """The answer as JSON."""
+    print(json.dumps(value, indent=1))
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """The answer as a table of aligned text, with bold headings on a terminal.
+
+    Where a terminal is too narrow, the last column, which is the long one (a config, a reason),
+    goes below the others.
+
+    Args:
+        title: printed above.
+        columns: headings; one that starts with ">" is aligned right.
+        rows: cells; None is an empty one.
+    """
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    heads = [column.removeprefix(">") for column in columns]
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+
+    def line(row: Sequence[str], last: int) -> str:
+        padded = [
+            cell.rjust(width) if column.startswith(">") else cell.ljust(width)
+            for cell, width, column in zip(row[:last], widths, columns, strict=False)
+        ]
+        return "  ".join(padded).rstrip()
+
+    console = Console()
+    folded = console.is_terminal and sum(widths) + 2 * len(widths) - 2 > console.width
+    last = len(columns) - 1 if folded else len(columns)
+    bold = "bold" if console.is_terminal else None
+    for text in (title, line(heads, last)):
+        console.print(text, style=bold, markup=False, highlight=False, soft_wrap=True)
+    say("  ".join("-" * width for width in widths[:last]))
+    for row in cells:
+        say(line(row, last))
+        if folded and row[-1]:
+            say(f"    {row[-1]}")
+
+
+def us(latency_us: float | None) -> str:
+    """A time in microseconds with three or more significant digits."""
+    if latency_us is None:
+        return ""
+    return f"{latency_us:.0f}" if latency_us >= 99.5 else f"{latency_us:.3g}"
+
+
+def ratio(reference_us: float | None, latency_us: float | None) -> str:
+    """How many times faster than a reference; empty where either is unknown."""
+    return f"{reference_us / latency_us:.2f}x" if reference_us and latency_us else ""
+
+
+def versus_torch(record: Record) -> str:
+    """Speed-up over PyTorch's best, which is named."""
+    speedup = ratio(record.torch_us, record.latency_us)
+    return f"{speedup} {record.torch_provider or ''}".rstrip()
+
+
+def duration(seconds: float) -> str:
+    """A length of time for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def tflops(record: Record) -> str:
+    """The rate of a record."""
+    return f"{record.problem.tflops(record.latency_us):.3g}" if record.latency_us else ""
+
+
+def kernel(config: Config | None) -> str:
+    """What serves: a template with its config, or PyTorch."""
+    return f"{config.template} ({config})" if config else "PyTorch"
+
+
+def kib(count: int | None) -> str:
+    """Bytes as KiB."""
+    return "" if count is None else f"{count / 1024:.0f} KiB"
+
+
+def bench_started(problem: Problem, index: int, total: int) -> None:
+    """A comparison begins."""
+    remark(f"[{index + 1}/{total}] {problem.name}")
+
+
+def bench_row(row: Row) -> None:
+    """A provider was timed, or failed; those that are not here are listed once, at the end."""
+    if row.latency_us is not None:
+        remark(f"  {row.provider}: {us(row.latency_us)} us")
+    elif row.outcome != "unavailable":
+        remark(f"  {row.provider}: {row.outcome}: {row.reason}")
+
+
+class TuneProgress(AbstractContextManager["TuneProgress"]):
+    """Shows the events of a tuning run: bars on a terminal, plain lines elsewhere.
+
+    Call it with each Event.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._bars: Bars | None = None
+        self._said_s = 0.0
+        console = Console(stderr=True)
+        if console.is_terminal and not quiet:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            from rich.progress import TimeElapsedColumn as Elapsed
+
+            self._bars = Progress(
+                TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"), Elapsed(), console=console,
+            )  # fmt: skip
+            self._task = self._bars.add_task("starting", total=None, note="")
+
+    def __enter__(self) -> TuneProgress:
+        if self._bars:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if self._quiet:
+            return
+        where = f"[{event.index + 1}/{event.total_problems}] {event.problem.name}"
+        best = f"best {us(event.best_us)} us" if event.best_us is not None else ""
+        if event.kind == "done":
+            self._line(f"{where}: {', '.join(part for part in (best, event.message) if part)}")
+        elif self._bars:
+            note = "  ".join(part for part in (best, event.message) if part)
+            self._bars.update(
+                self._task, description=escape(where), completed=event.done,
+                total=event.total or None, note=escape(note),
+            )  # fmt: skip
+        elif event.kind != "trial" or time.monotonic() - self._said_s > _QUIET_S:
+            count = f"{event.done}/{event.total}" if event.total else f"{event.done}"
+            parts = (event.kind, count, best, event.message)
+            self._line(f"{where}: {', '.join(part for part in parts if part)}")
+
+    def _line(self, text: str) -> None:
+        self._said_s = time.monotonic()
+        if self._bars:
+            self._bars.console.print(escape(text), highlight=False)
+        else:
+            remark(text)

@@ -1,0 +1,242 @@
+"""Which problems a command line asks for: from its options to a list of Problem."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import itertools
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from autoflash.device import Device
+from autoflash.errors import InvalidInput
+from autoflash.problem import ELEMENT_SIZES, Problem
+from autoflash.record import Record
+
+_PANEL = "Which problems"
+_USUAL: tuple[int | None, ...] = (None,)
+"""A size that was not given: the usual one."""
+_GPU_TOKENS = 16384
+"""Rows of q in one call where only the sequence length is given, as attention papers plot it."""
+_GPU_HIDDEN = 2048
+"""num_heads * head_dim where only head_dim is given, likewise."""
+
+
+def _option(name: str, text: str, metavar: str | None = None) -> Any:
+    return typer.Option(name, help=text, metavar=metavar, rich_help_panel=_PANEL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The problem options of a command line; `takes_problems` gives a command all of them.
+
+    Sizes are comma lists and every combination of them is meant. Beside --grid or --problems
+    they choose among the problems named there; beside --shape only --dtype has a meaning.
+    """
+
+    grid: Annotated[str | None, _option("--grid", "A named set of problems.", "NAME")] = None
+    file: Annotated[
+        Path | None,
+        _option("--problems", "A file with one problem name per line; # starts a comment.", "FILE"),
+    ] = None
+    shape: Annotated[
+        list[str] | None,
+        _option("--shape", "A problem by name, such as b4s4096h32/8d128c; repeatable.", "NAME"),
+    ] = None
+    batch: Annotated[str | None, _option("--batch", "Sequences.", "N,N...")] = None
+    seqlen: Annotated[str | None, _option("--seqlen", "Query rows.", "N,N...")] = None
+    seqlen_k: Annotated[
+        str | None, _option("--seqlen-k", "Key rows, if not as many.", "N,N...")
+    ] = None
+    heads: Annotated[str | None, _option("--heads", "Query heads.", "N,N...")] = None
+    kv_heads: Annotated[
+        str | None, _option("--kv-heads", "Key/value heads, if not as many.", "N,N...")
+    ] = None
+    head_dim: Annotated[
+        str | None, _option("--head-dim", "Elements of a query or key row.", "N,N...")
+    ] = None
+    head_dim_v: Annotated[
+        str | None, _option("--head-dim-v", "Elements of a value row, if not as many.", "N,N...")
+    ] = None
+    dtype: Annotated[
+        str | None, _option("--dtype", f"Of {', '.join(ELEMENT_SIZES)}.", "TYPE,TYPE...")
+    ] = None
+    causal: Annotated[
+        bool | None, _option("--causal/--full", "One mask only; both if neither is given.")
+    ] = None
+
+    def problems(self, device: Device) -> list[Problem]:
+        """The problems asked for, without repeats, in the order of the options.
+
+        Raises:
+            InvalidInput: an option has no meaning, or no problem is left.
+        """
+        named = [*_of_grid(self.grid), *_of_grid(self.file)]
+        if self.grid or self.file:
+            chosen = [problem for problem in named if self.admits(problem)]
+            if not chosen:
+                where = self.file or f"grid {self.grid!r}"
+                raise InvalidInput(
+                    f"none of the {len(named)} problems of {where} has the sizes asked for; "
+                    "leave the size options away to see what it holds (`autoflash plan`)."
+                )
+        elif self._sizes_given and not self.shape:
+            chosen = self._product(device)
+        elif not self.shape:
+            chosen = list(_of_grid(default_grid(device)))
+        else:
+            chosen = []
+        return list(dict.fromkeys([*chosen, *self._shapes()]))
+
+    def matching(self, records: Iterable[Record]) -> list[Record]:
+        """Those of the records whose problems are among what was asked for."""
+        if not (self.grid or self.file or self.shape):
+            return [record for record in records if self.admits(record.problem)]
+        named = {*_of_grid(self.grid), *_of_grid(self.file)}
+        wanted = {*filter(self.admits, named), *self._shapes()}
+        return [record for record in records if record.problem in wanted]
+
+    def admits(self, problem: Problem) -> bool:
+        """Whether the size options, those that were given, hold for `problem`."""
+        return (
+            all(
+                not self._given(option) or getattr(problem, name) in self._numbers(option)
+                for option, name in _FIELDS.items()
+            )
+            and (self.dtype is None or problem.dtype in words(self.dtype))
+            and (self.causal is None or problem.causal == self.causal)
+        )
+
+    def _shapes(self) -> list[Problem]:
+        sizes = [option for option in _FIELDS if self._given(option)]
+        if self.shape and sizes and not (self.grid or self.file):
+            raise InvalidInput(
+                f"--{sizes[0].replace('_', '-')} says nothing beside --shape {self.shape[0]}, "
+                "which gives every size; use one or the other."
+            )
+        dtypes = words(self.dtype) if self.dtype else ["bfloat16"]
+        return [Problem.parse(text, dtype) for text in self.shape or () for dtype in dtypes]
+
+    def _product(self, device: Device) -> list[Problem]:
+        gpu = device.is_cuda
+        masks = (True, False) if self.causal is None else (self.causal,)
+        dtypes = words(self.dtype or ("bfloat16" if gpu else "float32,bfloat16"))
+        chosen = []
+        for dtype, dim, dim_v, rows, keys, batch, heads, kv_heads, causal in itertools.product(
+            dtypes,
+            self._numbers("head_dim") or [64],
+            self._numbers("head_dim_v") or [0],
+            self._numbers("seqlen") or [4096 if gpu else 1024],
+            self._numbers("seqlen_k") or _USUAL,
+            self._numbers("batch") or _USUAL,
+            self._numbers("heads") or _USUAL,
+            self._numbers("kv_heads") or _USUAL,
+            masks,
+        ):
+            usual_batch = max(1, _GPU_TOKENS // max(rows, 1)) if gpu else 1
+            usual_heads = max(1, _GPU_HIDDEN // max(dim, 1)) if gpu else 8
+            if kv_heads:  # a multiple of what was asked for
+                usual_heads = kv_heads * max(1, usual_heads // kv_heads)
+            num_heads = usual_heads if heads is None else heads
+            problem = Problem(
+                dtype=dtype,
+                batch=usual_batch if batch is None else batch,
+                seqlen_q=rows,
+                seqlen_k=rows if keys is None else keys,
+                num_heads=num_heads,
+                num_kv_heads=num_heads if kv_heads is None else kv_heads,
+                head_dim=dim,
+                head_dim_v=dim_v,
+                causal=causal,
+            )
+            chosen.append(problem)
+        return chosen
+
+    @property
+    def _sizes_given(self) -> bool:
+        return any(self._given(name) for name in (*_FIELDS, "dtype", "causal"))
+
+    def _given(self, name: str) -> bool:
+        return getattr(self, name) not in (None, [], ())
+
+    def _numbers(self, option: str) -> list[int]:
+        text = getattr(self, option)
+        return [_whole(option, word) for word in words(text)] if text is not None else []
+
+
+_FIELDS = {
+    "batch": "batch",
+    "seqlen": "seqlen_q",
+    "seqlen_k": "seqlen_k",
+    "heads": "num_heads",
+    "kv_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "head_dim_v": "head_dim_v",
+}
+"""Size option -> the Problem's field that it gives."""
+
+
+def takes_problems(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, whose first parameter is a Selection, all the problem options.
+
+    Typer reads a command's signature: the options are spliced in there, so that each is written
+    once and not once per command.
+    """
+    hints = typing.get_type_hints(command, include_extras=True)
+    own = list(inspect.signature(command).parameters.values())[1:]
+    fields = typing.get_type_hints(Selection, include_extras=True)
+    options = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default)
+        for field in dataclasses.fields(Selection)
+    ]
+    parameters = [
+        parameter.replace(
+            kind=inspect.Parameter.KEYWORD_ONLY,
+            annotation={**fields, **hints}[parameter.name],
+        )
+        for parameter in (*options, *own)
+    ]
+    names = {field.name for field in dataclasses.fields(Selection)}
+
+    @functools.wraps(command)
+    def spliced(**values: Any) -> None:
+        selection = Selection(**{name: values.pop(name) for name in names})
+        command(selection, **values)
+
+    spliced.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spliced.__annotations__ = {p.name: p.annotation for p in parameters}
+    return spliced
+
+
+def default_grid(device: Device) -> str:
+    """The grid that is meant where nothing is asked for."""
+    return "fwd" if device.is_cuda else "cpu"
+
+
+def _of_grid(name: str | Path | None) -> tuple[Problem, ...]:
+    """The problems of a named grid or of a file."""
+    if name is None:
+        return ()
+    from autoflash import benchmark
+
+    return benchmark.grid(str(name))
+
+
+def words(text: str) -> list[str]:
+    """The parts of a comma list."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _whole(option: str, word: str) -> int:
+    if not word.isdecimal():
+        raise InvalidInput(
+            f"--{option.replace('_', '-')} {word!r} is not a whole number; "
+            "several are separated by commas."
+        )
+    return int(word)

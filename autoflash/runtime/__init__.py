@@ -1,0 +1,1 @@
+"""Serving: from a call of `autoflash.attention` to the launch of a kernel. Never tunes."""

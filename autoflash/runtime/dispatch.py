@@ -1,0 +1,369 @@
+"""Dispatcher: which kernel serves a Problem, by which rule, and the building of it.
+
+In this order, the first that is feasible and can be built:
+
+exact    the record of this very problem, measured on this very device;
+bucket   the nearest record (Problem.distance, at most MAX_DISTANCE): measured on this device, else
+         measured on another device of this arch, else predicted for this arch;
+default  the default config of a template that accepts the problem, in the order of FAMILIES;
+torch    PyTorch's own attention (runtime/fallback.py).
+
+Nothing here measures anything. A record holds while the digest of its template stands.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+from autoflash import build
+from autoflash.build import Kernel
+from autoflash.codegen.catalog import Catalog
+from autoflash.codegen.template import Source, Template
+from autoflash.config import Config
+from autoflash.device import Device
+from autoflash.errors import InvalidInput
+from autoflash.problem import TRAITS, Problem
+from autoflash.record import Record
+from autoflash.runtime import warn
+
+T = TypeVar("T")
+RULES = ("exact", "bucket", "default", "torch")
+
+MAX_DISTANCE = 6.0
+"""Farthest record that may stand in, in doublings: both sequence lengths eight times as long.
+
+Beyond that the work is of another kind: a decoding step (seqlen_q 1) is 12 doublings away from a
+prefill of 4096, and a template's default fits it better than the winner of the other.
+"""
+
+FAMILIES = ("cuda", "gluon", "triton", "cpp")
+"""Which default is tried first where several templates accept: the more specialised, then by name.
+
+Families that are not listed come last.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A config that may serve a problem, and why it is considered.
+
+    Attributes:
+        rule: "exact", "bucket" or "default".
+        template: what the config is of.
+        config: a feasible one.
+        record: where it was learned; None for a default.
+        reason: one line saying why this one.
+    """
+
+    rule: str
+    template: Template
+    config: Config
+    record: Record | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What serves a problem.
+
+    Attributes:
+        problem: what was asked.
+        rule: one of RULES.
+        kernel: what runs; None where PyTorch does.
+        config: of the kernel.
+        record: where the config was learned; None for defaults and PyTorch.
+        reason: one line saying why.
+        failures: what would have been better but cannot be built or launched, with the reason;
+            each was told in a warning.
+    """
+
+    problem: Problem
+    rule: str
+    kernel: Kernel | None
+    config: Config | None
+    record: Record | None
+    reason: str
+    failures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """The records that may serve a device, and those that may not.
+
+    Attributes:
+        exact: measured on this device, by problem.
+        groups: (tier, record) by what must be equal for a distance to be finite; tier 0 was
+            measured on this device, 1 on another of its arch, 2 is predicted.
+        all: every record that holds.
+        rejected: (record, reason) of those that do not hold.
+    """
+
+    exact: dict[Problem, Record]
+    groups: dict[tuple[object, ...], list[tuple[int, Record]]]
+    all: list[Record]
+    rejected: list[tuple[Record, str]]
+
+
+class Dispatcher:
+    """Chooses and builds kernels for one device; safe to use from several threads.
+
+    Args:
+        device: where kernels run.
+        records: what was learned, or a function that reads it, called on the first problem.
+        catalog: the templates.
+        build_kernel: turns rendered source into a kernel on that device.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        records: Iterable[Record] | Callable[[], Iterable[Record]],
+        catalog: Catalog,
+        build_kernel: Callable[[Source, Device], Kernel] = build.build,
+    ) -> None:
+        self.device = device
+        self.catalog = catalog
+        self._records = records
+        self._build = build_kernel
+        self._lock = threading.RLock()
+        self._index: Index | None = None
+        # What a kernel is compiled for -> the kernel, or why there is none.
+        self._kernels: dict[tuple[Config, tuple[object, ...]], Kernel | str] = {}
+        # Template name -> whether it reads traits only; then its answers by config and traits.
+        self._by_traits: dict[str, bool] = {}
+        self._answers: dict[tuple[object, ...], object] = {}
+
+    # Choosing -----------------------------------------------------------------------------------
+
+    @property
+    def index(self) -> Index:
+        """The records, read on first use."""
+        with self._lock:
+            if self._index is None:
+                records = self._records() if callable(self._records) else self._records
+                self._index = _index(records, self.device, self.catalog)
+            return self._index
+
+    def reload(self) -> None:
+        """Read the records again before the next choice; kernels stay built, failures do not."""
+        with self._lock:
+            self._index = None
+            self._kernels = {k: v for k, v in self._kernels.items() if not isinstance(v, str)}
+
+    def after_fork(self) -> None:
+        """Take a new lock: a thread of the parent process may have held the old one."""
+        self._lock = threading.RLock()
+
+    def choices(self, problem: Problem) -> Iterator[Choice]:
+        """Every config worth building for a problem, best first; none means PyTorch."""
+        if (learned := self._learned(problem)) is not None:
+            yield learned
+        for template in sorted(self.catalog.templates.values(), key=_family):
+            if (config := self._default(template, problem)) is not None:
+                is_default = config == template.default_config(problem, self.device)
+                reason = "the template's default" if is_default else "the template's first seed"
+                yield Choice("default", template, config, None, reason)
+
+    def infeasible(self, record: Record, problem: Problem) -> str | None:
+        """Why the config of a record that holds cannot serve `problem` here; None if it can."""
+        template, config = self.catalog.get(record.config.template), record.config
+
+        def ask() -> str | None:
+            refusal = template.refusal(problem, self.device)
+            return refusal or template.broken(config, problem, self.device)
+
+        return self._remembered(template, config, problem, ask)
+
+    def _default(self, template: Template, problem: Problem) -> Config | None:
+        """The template's default, or its first feasible seed, if it serves the problem at all."""
+
+        def ask() -> Config | None:
+            if template.refusal(problem, self.device) is not None:
+                return None
+            return next(iter(template.seed_configs(problem, self.device)), None)
+
+        return self._remembered(template, None, problem, ask)
+
+    def _remembered(
+        self, template: Template, config: Config | None, problem: Problem, ask: Callable[[], T]
+    ) -> T:
+        """`ask()`, once per traits where the template's expressions read nothing else.
+
+        Jinja takes some 20 us per expression, and while decoding every token is a new Problem.
+        """
+        if template.name not in self._by_traits:
+            self._by_traits[template.name] = _reads_traits_only(template)
+        if not self._by_traits[template.name]:
+            return ask()
+        key = (template.name, config, _traits(problem))
+        if key not in self._answers:
+            self._answers[key] = ask()
+        return cast("T", self._answers[key])
+
+    def _learned(self, problem: Problem) -> Choice | None:
+        index = self.index
+        record = index.exact.get(problem)
+        if record is not None and self.infeasible(record, problem) is None:
+            return self._choice(record, problem, 0.0)
+        group = index.groups.get(_group(problem), [])
+        distances = [problem.distance(record.problem) for _, record in group]
+        ranked = sorted(
+            (tier, distance, record.latency_us or 0.0, number)
+            for number, ((tier, record), distance) in enumerate(zip(group, distances, strict=True))
+            if distance <= MAX_DISTANCE
+        )
+        for _, distance, _, number in ranked:
+            record = group[number][1]
+            if self.infeasible(record, problem) is None:
+                return self._choice(record, problem, distance)
+        return None
+
+    def _choice(self, record: Record, problem: Problem, distance: float) -> Choice:
+        how = "measured" if record.is_measured else "predicted"
+        where = "this device" if record.device.key == self.device.key else record.device.name
+        if record.problem == problem and record.device.key == self.device.key:
+            rule, reason = "exact", f"{how} for this problem on this device"
+        else:
+            rule = "bucket"
+            reason = f"nearest record: {record.problem.name}, {how} on {where}, {distance:.2g} away"
+        return Choice(rule, self.catalog.get(record.config.template), record.config, record, reason)
+
+    # Serving ------------------------------------------------------------------------------------
+
+    def serve(self, problem: Problem, *, may_build: bool = True) -> Served:
+        """The kernel for a problem, built if need be; falls through the rules, never raises.
+
+        Args:
+            problem: what is asked.
+            may_build: False while a CUDA graph is captured: only what is in memory is used.
+        """
+        with self._lock:
+            if not may_build and self._index is None:
+                return Served(problem, "torch", None, None, None, _CAPTURE)
+            failures: list[str] = []
+            for choice in self.choices(problem):
+                kernel = self._kernel(choice, problem, may_build)
+                if kernel is None:
+                    return Served(problem, "torch", None, None, None, _CAPTURE)
+                if isinstance(kernel, Kernel):
+                    return Served(
+                        problem, choice.rule, kernel, choice.config, choice.record,
+                        choice.reason, tuple(failures),
+                    )  # fmt: skip
+                failures.append(f"{choice.config.template} ({choice.config}): {kernel}")
+        reason = "; ".join(failures) or self.refusal(problem)
+        return Served(problem, "torch", None, None, None, reason, tuple(failures))
+
+    def refusal(self, problem: Problem) -> str:
+        """Why no template serves a problem on this device."""
+        refused = self.catalog.refusals(problem, self.device)
+        listed = [f"{name} needs: {reason}" for name, reason in refused.items()]
+        listed += [
+            f"{template.name} has no feasible default or seed"
+            for template in self.catalog.serving(problem, self.device)
+        ]
+        return "; ".join(listed) or "there are no templates"
+
+    def gave_up(self, served: Served, reason: str) -> None:
+        """Serve no more with a kernel that was built but could not be launched."""
+        assert served.config is not None
+        key = (served.config, _traits(served.problem))
+        with self._lock:
+            self._kernels[key] = reason
+        _warn_of_failure(served.config, self.device, reason)
+
+    def _kernel(self, choice: Choice, problem: Problem, may_build: bool) -> Kernel | str | None:
+        """The kernel of a choice, or why there is none; None: it is to be built, but not now."""
+        key = (choice.config, _traits(problem))
+        known = self._kernels.get(key)
+        if known is not None or not may_build:
+            return known
+        # Whatever goes wrong in making a kernel, PyTorch can still answer the call.
+        try:
+            source = choice.template.render(choice.config, problem, self.device)
+            made: Kernel | str = self._build(source, self.device)
+        except Exception as error:
+            made = f"{type(error).__name__}: {str(error).strip()}"
+            _warn_of_failure(choice.config, self.device, made)
+        self._kernels[key] = made
+        return made
+
+
+_CAPTURE = "nothing can be built while a CUDA graph is captured; call autoflash.warmup before"
+
+
+def _warn_of_failure(config: Config, device: Device, reason: str) -> None:
+    warn.once(
+        f"{config.template} ({config}) cannot be used on {device.name}: {reason}\n"
+        "The call is served by the template's default or by PyTorch instead. "
+        "`autoflash doctor` says whether a compiler is missing."
+    )
+
+
+def _index(records: Iterable[Record], device: Device, catalog: Catalog) -> Index:
+    exact: dict[Problem, Record] = {}
+    groups: dict[tuple[object, ...], list[tuple[int, Record]]] = {}
+    rejected: list[tuple[Record, str]] = []
+    held: list[Record] = []
+    for record in records:
+        if (reason := _stale(record, device, catalog)) is not None:
+            rejected.append((record, reason))
+            continue
+        held.append(record)
+        tier = 2 if not record.is_measured else 0 if record.device.key == device.key else 1
+        groups.setdefault(_group(record.problem), []).append((tier, record))
+        if tier == 0:
+            rival = exact.get(record.problem)
+            if rival is None or (record.latency_us or 0.0) < (rival.latency_us or 0.0):
+                exact[record.problem] = record
+    return Index(exact, groups, held, rejected)
+
+
+def _stale(record: Record, device: Device, catalog: Catalog) -> str | None:
+    """Why a record says nothing about kernels on this device today, or None."""
+    if record.outcome not in ("ok", "predicted"):
+        return f"its outcome is {record.outcome}"
+    if record.device.arch != device.arch:
+        return f"it is for {record.device.arch}"
+    try:
+        template = catalog.get(record.config.template)
+    except InvalidInput as error:
+        return str(error)
+    if template.digest != record.template_digest:
+        return (
+            f"{template.name} has changed since: it was {record.template_digest}, "
+            f"is now {template.digest}"
+        )
+    return None
+
+
+_READS = re.compile(r"\bproblem\b(?:\.(\w+))?")
+
+
+def _reads_traits_only(template: Template) -> bool:
+    """Whether no expression of a declaration depends on the sizes of a problem."""
+    texts = [text for _, text in template.expressions()]
+    texts += [str(value) for seed in template.seeds for value in seed.values()]
+    names = [name for text in texts for name in _READS.findall(text)]
+    return set(names) <= {*TRAITS, "element_size"}
+
+
+def _traits(problem: Problem) -> tuple[object, ...]:
+    return tuple(problem.traits.values())
+
+
+def _group(problem: Problem) -> tuple[object, ...]:
+    """What must agree for Problem.distance to be finite."""
+    return (
+        problem.op, problem.dtype, problem.head_dim, problem.head_dim_v, problem.causal,
+    )  # fmt: skip
+
+
+def _family(template: Template) -> tuple[int, str]:
+    family = template.name.split("/")[0]
+    place = FAMILIES.index(family) if family in FAMILIES else len(FAMILIES)
+    return place, template.name

@@ -1,0 +1,66 @@
+"""With which versions, on which machine, was something measured?"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+import autoflash
+from autoflash import settings
+from autoflash.device import Device
+from autoflash.tuning.telemetry import Telemetry
+
+_PEER_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cutlass-dsl")
+
+
+@cache
+def environment(device: Device) -> dict[str, Any]:
+    """Versions of all that takes part in a measurement on `device`; JSON-ready.
+
+    Args:
+        device: a GPU that is present adds driver, CUDA and cuDNN; a CPU adds compiler and threads.
+    """
+    import torch
+
+    facts: dict[str, Any] = {
+        "autoflash": autoflash.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "device": device.name,
+        "os": platform.platform(),
+    }
+    if device.is_cuda:
+        facts["cuda"] = torch.version.cuda
+        if torch.cuda.is_available():
+            cudnn: Any = torch.backends.cudnn  # no types published
+            facts["cudnn"] = cudnn.version()
+            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+            facts["driver"] = Telemetry(str(getattr(properties, "uuid", "")) or None).driver
+        facts.update({name: _version(name) for name in _PEER_PACKAGES})
+    else:
+        facts["cxx"] = _compiler(settings.get().cxx)
+        facts["threads"] = torch.get_num_threads()
+        facts["isa"] = " ".join(device.isa)
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _compiler(command: str) -> str | None:
+    """First line of the compiler's own version text; None where there is no compiler."""
+    try:
+        said = subprocess.run(
+            [command, "--version"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.stdout.partition("\n")[0].strip() or None

@@ -1,0 +1,242 @@
+"""Evaluate: one trial inside the worker: build, check, race, time; and the finals."""
+
+from __future__ import annotations
+
+import gc
+import math
+import traceback
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from autoflash import build
+from autoflash.build.kernel import Kernel
+from autoflash.codegen import ops
+from autoflash.device import Device
+from autoflash.problem import Problem
+from autoflash.record import Measurement
+from autoflash.tuning import wire
+from autoflash.tuning.environment import environment
+from autoflash.tuning.inputs import make_inputs
+from autoflash.tuning.timing import Timer
+
+FIRST_RUNG_CALLS, FIRST_RUNG_RATIO = 3, 3.0
+"""After so few calls, a config so much slower than the best so far is dropped."""
+SECOND_RUNG_SHARE, SECOND_RUNG_RATIO = 0.25, 1.3
+"""Likewise after that share of the full timing."""
+PROVIDERS = ("cudnn", "fa2", "efficient", "sdpa")
+"""What "PyTorch's best" is chosen from; its math backend where none of these can run."""
+
+
+class Evaluator:
+    """Runs candidates on the device of this process. Keeps the inputs of the last problem."""
+
+    def __init__(self) -> None:
+        self._bench: _Bench | None = None
+
+    def hello(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Whether the device works: run something known to be good on it.
+
+        Args:
+            request: "device".
+
+        Returns:
+            "outcome", and "environment" as it will stand in records.
+        """
+        device = Device.from_dict(request["device"])
+        if not _canary(device):
+            reason = f"{device.name} does not run the simplest kernel of PyTorch"
+            return {"outcome": "runtime_error", "reason": reason, "exiting": True}
+        return {"outcome": "ok", "environment": dict(environment(device))}
+
+    def evaluate(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Check one candidate, then time it.
+
+        Args:
+            request: "source", "problem", "device", "seed", "timing_ms", and "best_us" of the best
+                config so far, or None.
+
+        Returns:
+            "outcome" with "reason", "measurement" and "error_ratio" as far as it came; "exiting"
+            if the device context can no longer be used.
+        """
+        return self._guarded(request, partial(self._evaluate, request))
+
+    def finals(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Time several candidates in turns, and PyTorch's best with them.
+
+        Args:
+            request: "sources" (name -> source), "problem", "device", "seed", "rounds", "finals_ms".
+
+        Returns:
+            "outcome", "measurements" and "rounds" (name -> medians in microseconds), and
+            "provider": the name under which PyTorch's best is among them, or None.
+        """
+        return self._guarded(request, partial(self._finals, request))
+
+    def _guarded(
+        self, request: Mapping[str, Any], run: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        try:
+            return run()
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+        # The traceback held the tensors; without it an out-of-memory error can be survived.
+        self._bench = None
+        gc.collect()
+        device = Device.from_dict(request["device"])
+        reply: dict[str, Any] = {"outcome": "runtime_error", "reason": reason}
+        if not _canary(device):
+            # An illegal access poisons the context of the whole process, whatever is run next.
+            reply["exiting"] = True
+        return reply
+
+    def _evaluate(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        from autoflash.tuning import reference
+
+        bench = self._bench_for(request)
+        kernel = bench.build(request["source"])
+        check = reference.check(kernel, bench.problem, bench.device, seed=request["seed"])
+        ratio = check.error_ratio
+        error_ratio = ratio if ratio is not None and math.isfinite(ratio) else None
+        if not check.ok:
+            return {"outcome": "wrong_result", "reason": check.reason, "error_ratio": error_ratio}
+        outcome, reason, measurement = race(
+            bench.timer, bench.call(kernel), request["timing_ms"], request["best_us"]
+        )
+        return {
+            "outcome": outcome,
+            "reason": reason,
+            "measurement": measurement.to_dict(),
+            "error_ratio": error_ratio,
+        }
+
+    def _finals(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        bench = self._bench_for(request)
+        calls: dict[str, Callable[[], object]] = {
+            name: bench.call(bench.build(source)) for name, source in request["sources"].items()
+        }
+        provider, peer = bench.best_of_torch()
+        if provider is not None and peer is not None:
+            calls[provider] = peer
+        timed = bench.timer.interleave(
+            calls, rounds=request["rounds"], budget_ms=request["finals_ms"], min_calls=1
+        )
+        return {
+            "outcome": "ok",
+            "measurements": {name: timed[name].to_dict() for name in timed},
+            "rounds": {name: list(timed.rounds[name]) for name in timed},
+            "provider": provider,
+        }
+
+    def _bench_for(self, request: Mapping[str, Any]) -> _Bench:
+        problem = Problem.from_dict(request["problem"])
+        device = Device.from_dict(request["device"])
+        wanted = (problem, device, request["seed"])
+        if self._bench is None or self._bench.key != wanted:
+            self._bench = None  # first free what the last problem held
+            self._bench = _Bench(*wanted)
+        return self._bench
+
+
+class _Bench:
+    """The inputs of one problem and what times kernels on them."""
+
+    def __init__(self, problem: Problem, device: Device, seed: int) -> None:
+        self.key = (problem, device, seed)
+        self.problem, self.device = problem, device
+        self.timer = Timer(device, seed=seed)
+        self.inputs = make_inputs(problem, device, seed)
+
+    def build(self, source: Mapping[str, Any]) -> Kernel:
+        """The kernel of a source: found compiled, or compiled now."""
+        return build.build(wire.source_from_dict(source), self.device)
+
+    def call(self, kernel: Kernel) -> Callable[[], None]:
+        """One launch on the inputs, without LSE, as `attention()` makes it by default."""
+        import torch
+
+        inputs = self.inputs
+        tensors = (inputs.q, inputs.k, inputs.v, inputs.out)
+        launch = kernel.prepare(ops.fwd_scalars(tensors))
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        if self.device.is_cuda:
+            last = torch.cuda.current_stream().cuda_stream
+        else:
+            last = torch.get_num_threads()
+        # An address keeps no tensor alive: self does, for as long as calls are made.
+        return partial(launch, *pointers, 0, inputs.softmax_scale, last)
+
+    def best_of_torch(self) -> tuple[str | None, Callable[[], object] | None]:
+        """The fastest of PyTorch's own implementations that run here, by a few calls of each."""
+        from autoflash.tuning.peers import PEERS
+
+        inputs = self.inputs
+        found: dict[str, tuple[float, Callable[[], object]]] = {}
+        for names in (PROVIDERS, ("math",)):
+            usable = [n for n in names if not PEERS[n].unavailable(self.problem, self.device)]
+            for name in usable:
+                try:
+                    call = PEERS[name].make(inputs.q, inputs.k, inputs.v, self.problem)
+                    few = self.timer.measure(call, budget_ms=5.0, min_calls=1)
+                except RuntimeError:  # no backend for this shape, or out of memory: not a rival
+                    traceback.print_exc()
+                    continue
+                found[name] = (few.latency_us, call)
+            if found:
+                name = min(found, key=lambda name: found[name][0])
+                return name, found[name][1]
+        return None, None
+
+
+def race(
+    timer: Timer, call: Callable[[], object], timing_ms: float, best_us: float | None
+) -> tuple[str, str, Measurement]:
+    """Time a call in three rungs, each longer than the one before, and stop when it has lost.
+
+    Args:
+        timer: of the device.
+        call: what to time.
+        timing_ms: of the last rung.
+        best_us: the time to compare with; None: there is none, go to the last rung.
+
+    Returns:
+        Outcome ("ok" or "slow"), reason, and the time of the last rung run.
+    """
+    few = timer.measure(call, budget_ms=0.001, min_calls=FIRST_RUNG_CALLS)
+    if best_us is not None and few.latency_us > FIRST_RUNG_RATIO * best_us:
+        return "slow", _lost(few, best_us), few
+    # Long calls: those few have taken longer than a later rung would.
+    if few.latency_us * few.count < 1000 * SECOND_RUNG_SHARE * timing_ms:
+        few = timer.measure(call, budget_ms=SECOND_RUNG_SHARE * timing_ms)
+    if best_us is not None and few.latency_us > SECOND_RUNG_RATIO * best_us:
+        return "slow", _lost(few, best_us), few
+    if few.latency_us * few.count < 1000 * timing_ms:
+        few = timer.measure(call, budget_ms=timing_ms)
+    return "ok", "", few
+
+
+def _lost(few: Measurement, best_us: float) -> str:
+    ratio = few.latency_us / best_us
+    return f"{ratio:.2f}x the best so far after {few.count} calls"
+
+
+def _canary(device: Device) -> bool:
+    """Whether the device still computes."""
+    if not device.is_cuda:
+        return True
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        total = torch.arange(64, device="cuda").sum().item()
+    except RuntimeError:
+        return False
+    return total == 2016
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "(no message)"

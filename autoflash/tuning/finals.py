@@ -1,0 +1,156 @@
+"""Finals: which of the best few wins, timed in turns with the default and PyTorch?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autoflash.config import Config
+from autoflash.errors import WorkerError
+from autoflash.problem import Problem
+from autoflash.record import Measurement, Record
+from autoflash.tuning import wire
+from autoflash.tuning.run import Run, now
+from autoflash.tuning.timing import Interleaved
+from autoflash.tuning.trials import evaluate_timeout_s, explain
+
+NEAR = 1.1
+"""Finalists are within this factor of the best: single timings differ by less from run to run."""
+TRIES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How the finals ended.
+
+    Attributes:
+        best: the winner, with default_us and torch_us of the same run.
+        improved: whether it beats the default by more than the noise.
+        finalists: every config timed, as records with the times of the finals.
+        reason: why there is no certain winner, or "".
+    """
+
+    best: Record
+    improved: bool
+    finalists: tuple[Record, ...]
+    reason: str = ""
+
+
+def estimate_s(run: Run, best_us: float | None) -> float:
+    """How long the finals will take: two calls a turn, for the finalists, the default, PyTorch."""
+    effort = run.effort
+    entries = finalists_within(run, best_us) + 2
+    each_s = max(2 * (effort.rounds + 1) * (best_us or 0.0) / 1e6, effort.finals_ms / 1e3)
+    return 1.2 * entries * each_s
+
+
+def finalists_within(run: Run, best_us: float | None) -> int:
+    """How many finalists there is time for: one where a call takes seconds."""
+    effort = run.effort
+    if effort.seconds is None or not best_us:
+        return effort.finalists
+    each_s = 2 * (effort.rounds + 1) * best_us / 1e6
+    return max(1, min(effort.finalists, int(0.3 * effort.seconds / each_s)))
+
+
+def choose(records: Sequence[Record], count: int, keep: Config | None = None) -> list[Record]:
+    """The fastest records with different sources that are near the best, and `keep` with them."""
+    timed = [record for record in records if record.is_measured]
+    ranked = sorted(timed, key=lambda record: record.latency_us or 0.0)
+    chosen: dict[str, Record] = {}
+    for record in ranked:
+        near = (record.latency_us or 0.0) <= NEAR * (ranked[0].latency_us or 0.0)
+        if record.config == keep or (near and len(chosen) < count):
+            chosen.setdefault(record.source_digest or record.config.key, record)
+    return list(chosen.values())
+
+
+def decide(run: Run, problem: Problem, records: Sequence[Record], defaults: Sequence[Config],
+           champion: Config | None) -> Verdict:  # fmt: skip
+    """Time the best few again, beside the defaults and PyTorch, and name the winner.
+
+    The fastest finalist wins if it beats the fastest default by more than the noise; otherwise that
+    default does. Against the fastest of several templates' defaults, a tuned result is never worse
+    than not tuning, whichever template would serve then.
+
+    Args:
+        run: gives the worker and the effort.
+        problem: which.
+        records: trials of the problem, at least one of them correct and timed.
+        defaults: the templates' default configs; those that proved wrong are left out.
+        champion: the stored winner so far, which has to defend its title.
+    """
+    by_config = {record.config: record for record in records}
+    best_us = min(record.latency_us or 0.0 for record in records if record.is_measured)
+    finalists = choose(records, finalists_within(run, best_us), champion)
+    entrants = {record.config: record for record in finalists}
+    for config in defaults:
+        record = by_config.get(config)
+        if record is not None and record.outcome in ("ok", "slow"):
+            entrants.setdefault(config, record)
+    names = {config: str(number) for number, config in enumerate(entrants)}
+    request = {
+        "kind": "finals",
+        "sources": {
+            names[config]: wire.source_to_dict(
+                run.templates[config.template].render(config, problem, run.device)
+            )
+            for config in entrants
+        },
+        "problem": problem.to_dict(),
+        "device": run.device.to_dict(),
+        "seed": run.seed,
+        # With nothing but defaults there is nothing to prove.
+        "rounds": run.effort.rounds if set(entrants) - set(defaults) else 3,
+        "finals_ms": run.effort.finals_ms,
+    }
+    timeout_s = evaluate_timeout_s(run.effort, problem, run.device) * (2 + len(entrants))
+    reply = ask(run, request, timeout_s)
+    if reply["outcome"] != "ok":
+        reason = f"the finals failed: {explain(reply)}"
+        return Verdict(finalists[0], False, (), reason)
+    times = {name: Measurement.from_dict(m) for name, m in reply["measurements"].items()}
+    timed = Interleaved(times, reply["rounds"])
+    # Twins of one source stand for each other: compare records by their entry's name.
+    rivals = [names[config] for config in defaults if config in names]
+    baseline = min(rivals, key=lambda name: times[name].latency_us, default=None)
+    winner = min(names.values(), key=lambda name: times[name].latency_us)
+    improved = baseline is None or (winner != baseline and timed.beats(winner, baseline))
+    if not improved and baseline is not None:
+        winner = baseline
+    provider = reply["provider"]
+
+    def final(config: Config) -> Record:
+        return dataclasses.replace(
+            entrants[config],
+            outcome="ok",
+            reason="",
+            measurement=times[names[config]],
+            default_us=times[baseline].latency_us if baseline is not None else None,
+            torch_us=times[provider].latency_us if provider else None,
+            torch_provider=provider,
+            environment=dict(run.environment),
+            created=now(),
+        )
+
+    every = {names[config]: final(config) for config in entrants}
+    return Verdict(every[winner], improved, tuple(every.values()))
+
+
+def ask(run: Run, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    """Have the device's worker answer one request; a second time in a fresh process if it fails."""
+    reply: dict[str, Any] = {}
+    for _ in range(TRIES):
+        run.workers.submit("device", str(request["kind"]), request, timeout_s)
+        while True:
+            answers = [f.reply for f in run.workers.wait(1.0) if f.role == "device"]
+            if answers:
+                reply = answers[0]
+                break
+            if not run.workers.pending("device"):
+                raise WorkerError(f"the worker for {run.device.name} lost a request")
+        if reply["outcome"] == "ok":
+            break
+    return reply

@@ -1,0 +1,390 @@
+"""What could a user run instead of autoflash, and what keeps it from running here?"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from autoflash.device import Device
+from autoflash.errors import UnknownName
+from autoflash.problem import Problem
+from autoflash.tuning.formula import naive
+
+if TYPE_CHECKING:
+    import torch
+
+Call = Callable[[], "torch.Tensor"]
+Make = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor", Problem], Call]
+Refusal = Callable[[Problem, Device], str | None]
+
+_HALF = ("float16", "bfloat16")
+_SCORES_LIMIT = {"cpu": 2 << 30, "cuda": 16 << 30}
+"""Most bytes that a peer which stores the scores may take for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another implementation of attention.
+
+    Attributes:
+        name: as in tables and records.
+        what: which one it is.
+        layout: of what its calls return, "bshd" or "bhsd".
+        is_fused: whether it is meant to run without storing the scores; one that is then far slower
+            than the others has fallen back to something else, and its time says nothing about it.
+    """
+
+    name: str
+    what: str
+    layout: str
+    is_fused: bool
+    _refusal: Refusal
+    _make: Make
+
+    def unavailable(self, problem: Problem, device: Device) -> str | None:
+        """Why it cannot run `problem` on `device`, as far as can be told before trying."""
+        return self._refusal(problem, device)
+
+    def make(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem
+    ) -> Callable[[], torch.Tensor]:
+        """Prepare a call: inputs copied to the layout it is made for, masks built.
+
+        Args:
+            q: (batch, seqlen_q, num_heads, head_dim).
+            k: (batch, seqlen_k, num_kv_heads, head_dim).
+            v: (batch, seqlen_k, num_kv_heads, head_dim_v).
+            problem: what is asked.
+
+        Returns:
+            A callable without arguments that computes and returns out, in `layout`. The first call
+            may compile, and may raise whatever the implementation raises for what it cannot do.
+        """
+        if self.layout == "bhsd":
+            q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return self._make(q.contiguous(), k.contiguous(), v.contiguous(), problem)
+
+
+def available(
+    problem: Problem,
+    device: Device,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    names: Iterable[str] | None = None,
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """Prepare the peers that can run a problem, each run once to make sure.
+
+    Args:
+        problem: what is asked.
+        device: where q, k and v lie.
+        q: (batch, seqlen_q, num_heads, head_dim).
+        k: (batch, seqlen_k, num_kv_heads, head_dim).
+        v: (batch, seqlen_k, num_kv_heads, head_dim_v).
+        names: which; None means all.
+
+    Returns:
+        name -> call, and name -> why not, for each of the names.
+
+    Raises:
+        UnknownName: a name is not in PEERS.
+    """
+    import torch
+
+    calls: dict[str, Call] = {}
+    reasons: dict[str, str] = {}
+    for name in PEERS if names is None else names:
+        peer = get(name)
+        reason = peer.unavailable(problem, device)
+        if reason is not None:
+            reasons[name] = reason
+            continue
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")  # PyTorch explains in warnings, then raises
+                call = peer.make(q, k, v, problem)
+                call()
+                if device.is_cuda:
+                    torch.cuda.synchronize()
+        except Exception as error:
+            reasons[name] = _first_line(error)
+        else:
+            calls[name] = call
+    return calls, reasons
+
+
+def get(name: str) -> Peer:
+    """The peer of that name, or UnknownName."""
+    if name not in PEERS:
+        raise UnknownName.of("peer", name, PEERS)
+    return PEERS[name]
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _scale(problem: Problem) -> float:
+    return 1.0 / math.sqrt(problem.head_dim)
+
+
+def _is_masked(problem: Problem) -> bool:
+    """Whether the mask hides anything; of one query row, aligned bottom-right, it hides nothing."""
+    return problem.causal and problem.seqlen_q > 1
+
+
+# PyTorch ----------------------------------------------------------------------------------------
+
+
+def _sdpa(backend: str | None) -> Make:
+    """scaled_dot_product_attention, restricted to one backend or as PyTorch chooses."""
+
+    def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Call:
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.nn.attention.bias import causal_lower_right
+
+        masked = _is_masked(problem)
+        square = problem.seqlen_q == problem.seqlen_k
+        mask: torch.Tensor | None = None
+        if masked and not square:  # is_causal is aligned top-left
+            mask = causal_lower_right(problem.seqlen_q, problem.seqlen_k)
+            if not q.is_cuda or backend in ("MATH", "CUDNN_ATTENTION"):
+                shape = (problem.seqlen_q, problem.seqlen_k)
+                ones = torch.ones(shape, dtype=torch.bool, device=q.device)
+                mask = ones.tril(problem.seqlen_k - problem.seqlen_q)
+        scale, gqa = _scale(problem), problem.group_size > 1
+
+        def call() -> torch.Tensor:
+            out: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=masked and square, scale=scale, enable_gqa=gqa
+            )
+            return out
+
+        if backend is None:
+            return call
+        only = SDPBackend.__members__[backend]
+
+        def restricted() -> torch.Tensor:
+            with sdpa_kernel(only):
+                return call()
+
+        return restricted
+
+    return make
+
+
+def _make_naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Call:
+    scale, masked = _scale(problem), _is_masked(problem)
+    return lambda: naive(q, k, v, causal=masked, softmax_scale=scale)
+
+
+def _make_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Call:
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    # Compiled anew for each problem. Without this a fifth shape in one process ran unfused, at 4 to
+    # 30 TFLOPS instead of 250 to 470 on an H200 (2026-11-21): the recompile limit.
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    _quiet_inductor()
+    compiled: Any = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
+    offset = problem.seqlen_k - problem.seqlen_q
+
+    def sees(
+        batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        return row + offset >= key
+
+    block_mask = None
+    if _is_masked(problem):
+        size = (problem.seqlen_q, problem.seqlen_k)
+        block_mask = create_block_mask(sees, None, None, *size, device=q.device)
+    scale, gqa = _scale(problem), problem.group_size > 1
+
+    def call() -> torch.Tensor:
+        out: torch.Tensor = compiled(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=gqa)
+        return out
+
+    return call
+
+
+def _quiet_inductor() -> None:
+    """No report of each autotuned choice on standard error: forty lines per problem."""
+    config: Any = importlib.import_module("torch._inductor.config")
+    if hasattr(config, "max_autotune_report_choices_stats"):
+        config.max_autotune_report_choices_stats = False
+    selection: Any = importlib.import_module("torch._inductor.select_algorithm")
+    selection.PRINT_AUTOTUNE = False
+
+
+# Packages ---------------------------------------------------------------------------------------
+
+
+def _flash_attn(module: str) -> Make:
+    """flash_attn_func of a module: FlashAttention 2, 3 and 4 agree in what is used here."""
+
+    def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Call:
+        function = importlib.import_module(module).flash_attn_func
+        scale, causal = _scale(problem), problem.causal
+
+        def call() -> torch.Tensor:
+            out: Any = function(q, k, v, softmax_scale=scale, causal=causal)
+            first: torch.Tensor = (
+                out[0] if isinstance(out, tuple) else out
+            )  # 4 and older 3: lse too
+            return first
+
+        return call
+
+    return make
+
+
+@cache
+def _import_failure(module: str, package: str) -> str | None:
+    """Why a module cannot be imported: importing is the only sure test of a compiled extension."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = error.name or module
+        if module == missing or module.startswith(f"{missing}."):
+            return f"package {package} is not installed"
+        return f"package {package} needs module {missing}, which is not installed"
+    except Exception as error:
+        return f"package {package} cannot be imported: {_first_line(error)}"
+    return None
+
+
+# What keeps a peer from running -----------------------------------------------------------------
+
+
+def _refuse(*tests: Refusal) -> Refusal:
+    """The first reason that any of the tests gives."""
+
+    def refusal(problem: Problem, device: Device) -> str | None:
+        return next((why for test in tests if (why := test(problem, device))), None)
+
+    return refusal
+
+
+def _only_gpu(problem: Problem, device: Device) -> str | None:
+    return None if device.is_cuda else "runs on GPUs only"
+
+
+def _only_half(problem: Problem, device: Device) -> str | None:
+    return None if problem.dtype in _HALF else f"has no {problem.dtype}, only {', '.join(_HALF)}"
+
+
+def _only_forward(problem: Problem, device: Device) -> str | None:
+    return None if problem.op == "fwd" else f"op {problem.op} is not compared"
+
+
+def _not_empty(problem: Problem, device: Device) -> str | None:
+    empty = not (problem.batch and problem.seqlen_q and problem.seqlen_k)
+    return "not defined without rows or keys" if empty else None
+
+
+def _arch_from(capability: int) -> Refusal:
+    def test(problem: Problem, device: Device) -> str | None:
+        if device.capability >= capability:
+            return None
+        return f"needs sm{capability} or newer, this is {device.arch}"
+
+    return test
+
+
+def _arch_of(*generations: int) -> Refusal:
+    def test(problem: Problem, device: Device) -> str | None:
+        if device.capability // 10 in generations:
+            return None
+        return f"has kernels for sm{'x, sm'.join(map(str, generations))}x, this is {device.arch}"
+
+    return test
+
+
+def _dim_up_to(limit: int) -> Refusal:
+    def test(problem: Problem, device: Device) -> str | None:
+        dim = max(problem.head_dim, problem.head_dim_v)
+        return None if dim <= limit else f"head_dim {dim} is over its {limit}"
+
+    return test
+
+
+def _dim_multiple_of_8(problem: Problem, device: Device) -> str | None:
+    dims = (problem.head_dim, problem.head_dim_v)
+    return None if not any(d % 8 for d in dims) else f"head_dim {dims[0]} is no multiple of 8"
+
+
+def _no_empty_rows(problem: Problem, device: Device) -> str | None:
+    # Seen on an H200 with torch 2.11 and cuDNN 9.19, 2026-11-21.
+    if problem.causal and problem.seqlen_q > problem.seqlen_k:
+        return "is wrong where rows see no key (causal, seqlen_q > seqlen_k)"
+    return None
+
+
+def _same_dims(problem: Problem, device: Device) -> str | None:
+    if problem.head_dim == problem.head_dim_v:
+        return None
+    return f"head_dim_v {problem.head_dim_v} must equal head_dim {problem.head_dim}"
+
+
+def _scores_fit(problem: Problem, device: Device) -> str | None:
+    # Scores before and after the softmax, in the problem's dtype and while it runs in float32.
+    rows = problem.batch * problem.num_heads * problem.seqlen_q
+    size = rows * problem.seqlen_k * (problem.element_size + 4)
+    limit = _SCORES_LIMIT["cuda" if device.is_cuda else "cpu"]
+    if size <= limit:
+        return None
+    return f"would store {size / 2**30:.1f} GiB of scores, more than {limit / 2**30:.0f}"
+
+
+def _installed(module: str, package: str) -> Refusal:
+    return lambda problem, device: _import_failure(module, package)
+
+
+def _peer(
+    name: str, what: str, layout: str, make: Make, *tests: Refusal, is_fused: bool = True
+) -> Peer:
+    return Peer(name, what, layout, is_fused, _refuse(_only_forward, _not_empty, *tests), make)
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        _peer("sdpa", "PyTorch's scaled_dot_product_attention, its own choice", "bhsd",
+              _sdpa(None), is_fused=False),
+        _peer("cudnn", "cuDNN through PyTorch", "bhsd", _sdpa("CUDNN_ATTENTION"),
+              _only_gpu, _only_half, _arch_from(80), _dim_up_to(256), _dim_multiple_of_8,
+              _no_empty_rows),
+        _peer("fa2", "FlashAttention-2 through PyTorch", "bhsd", _sdpa("FLASH_ATTENTION"),
+              _only_gpu, _only_half, _arch_from(80), _same_dims, _dim_up_to(256)),
+        _peer("efficient", "memory-efficient attention through PyTorch", "bhsd",
+              _sdpa("EFFICIENT_ATTENTION"), _only_gpu, _no_empty_rows),
+        _peer("math", "PyTorch's formula", "bhsd", _sdpa("MATH"), _scores_fit, is_fused=False),
+        _peer("flex", "FlexAttention, max-autotune", "bhsd", _make_flex, _only_gpu),
+        _peer("flash_attn2", "package flash-attn 2", "bshd",
+              _flash_attn("flash_attn.flash_attn_interface"), _only_gpu, _only_half,
+              _arch_from(80), _same_dims, _dim_up_to(256),
+              _installed("flash_attn.flash_attn_interface", "flash-attn")),
+        _peer("flash_attn3", "package flash-attn 3", "bshd", _flash_attn("flash_attn_interface"),
+              _only_gpu, _only_half, _arch_of(8, 9), _dim_up_to(256),
+              _installed("flash_attn_interface", "flash-attn-3")),
+        _peer("fa4", "package flash-attn-4", "bshd", _flash_attn("flash_attn.cute"),
+              _only_gpu, _only_half, _arch_from(80), _dim_multiple_of_8, _dim_up_to(256),
+              _installed("flash_attn.cute", "flash-attn-4")),
+        _peer("naive", "the formula in PyTorch operations", "bhsd", _make_naive, _scores_fit,
+              is_fused=False),
+    )
+}  # fmt: skip
+"""Every peer, by the name used in tables and records."""
+
+TORCH_PEERS = ("sdpa", "cudnn", "fa2", "efficient", "math")
+"""What PyTorch alone offers without compiling: what a tuned kernel has to beat to be of use."""

@@ -1,0 +1,166 @@
+"""Is a kernel right? Runs it where kernels tend to be wrong, then on the problem itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from autoflash.build.kernel import Kernel
+from autoflash.device import Device
+from autoflash.problem import Problem
+from autoflash.tuning.expected import Case, Check, make_case
+from autoflash.tuning.formula import exact, naive
+from autoflash.tuning.inputs import Inputs, first_index, make_inputs
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "Case",
+    "Check",
+    "Inputs",
+    "check",
+    "exact",
+    "forget",
+    "make_case",
+    "make_inputs",
+    "naive",
+]
+
+
+class Stress(NamedTuple):
+    """A small case that is hard on a kernel.
+
+    Attributes:
+        problem: with the traits of the problem in question.
+        layout: of its tensors.
+        q_factor: factor of q; large logits need a true running maximum.
+        lse: whether lse is asked for.
+    """
+
+    problem: Problem
+    layout: str = "bshd"
+    q_factor: float = 1.0
+    lse: bool = True
+
+
+def stress_cases(problem: Problem) -> list[Stress]:
+    """The small cases for a problem: same traits, other sizes."""
+    heads = min(problem.num_kv_heads, 2)
+
+    def shaped(seqlen_q: int, seqlen_k: int, batch: int = 1) -> Problem:
+        return dataclasses.replace(
+            problem,
+            batch=batch,
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            num_heads=heads * problem.group_size,
+            num_kv_heads=heads,
+        )
+
+    return [
+        Stress(shaped(1, 1)),
+        Stress(shaped(1, 203)),
+        Stress(shaped(113, 203, batch=2), layout="bhsd"),
+        Stress(shaped(203, 67)),  # causal: 136 rows see nothing
+        Stress(shaped(257, 257), q_factor=8.0),  # logits up to 40
+        Stress(shaped(64, 128), layout="bhsd", lse=False),
+        Stress(shaped(5, 0)),
+    ]
+
+
+def check(kernel: Kernel, problem: Problem, device: Device, *, seed: int = 0) -> Check:
+    """Whether a kernel computes what `problem` asks for.
+
+    First the small cases of `stress_cases`, then the problem itself, twice: results that differ
+    between runs on the same inputs are a race. What the kernel raises passes through.
+
+    Args:
+        kernel: as autoflash.build loads it.
+        problem: what it will be asked.
+        device: where it runs.
+        seed: of the inputs. What is expected of the last problem is kept for the next kernel.
+
+    Returns:
+        The first thing that is wrong, naming template, problem, index and both values; else the
+        verdict on the problem itself.
+    """
+    for stress in stress_cases(problem):
+        case = _intact(_make_small, stress, device, seed)
+        verdict = _check(kernel, case, lse=stress.lse, twice=False)
+        if not verdict.ok:
+            return verdict
+    case = _intact(_make_last, Stress(problem), device, seed)
+    return _check(kernel, case, lse=True, twice=True)
+
+
+def forget() -> None:
+    """Drop the inputs and references that `check` keeps for the next kernel."""
+    _make_small.cache_clear()
+    _make_last.cache_clear()
+
+
+def _make(stress: Stress, device: Device, seed: int) -> tuple[Case, tuple[int, ...]]:
+    case = make_case(stress.problem, device, seed, stress.layout, q_factor=stress.q_factor)
+    return case, case.fingerprint()
+
+
+_make_small = lru_cache(maxsize=32)(_make)
+_make_last = lru_cache(maxsize=1)(_make)  # gigabytes, at 16384 rows
+
+
+def _intact(
+    make: Callable[[Stress, Device, int], tuple[Case, tuple[int, ...]]],
+    stress: Stress,
+    device: Device,
+    seed: int,
+) -> Case:
+    """The case as kept, made anew where an earlier kernel has written into it."""
+    case, fingerprint = make(stress, device, seed)
+    if case.fingerprint() != fingerprint:
+        forget()
+        case, _ = make(stress, device, seed)
+    return case
+
+
+def _check(kernel: Kernel, case: Case, *, lse: bool, twice: bool) -> Check:
+    inputs = case.inputs
+    before = inputs.fingerprint()
+
+    def run() -> str | None:
+        inputs.poison()
+        asked = inputs.lse if lse else None
+        kernel(inputs.q, inputs.k, inputs.v, inputs.out, asked, inputs.softmax_scale, inputs.layout)
+        return inputs.damage(lse=lse)
+
+    verdict = Check(False, reason=run() or "")
+    if not verdict.reason and inputs.fingerprint() != before:
+        verdict = Check(False, reason="it changed its inputs")
+    if not verdict.reason:
+        verdict = case.compare(inputs.out, inputs.lse if lse else None)
+    if verdict.ok and twice:
+        once = (inputs.out.clone(), inputs.lse.clone())
+        reason = run() or _moved(once, (inputs.out, inputs.lse))
+        verdict = verdict._replace(ok=not reason, reason=reason or "")
+    if verdict.ok:
+        return verdict
+    place = f"{kernel.artifact.source.template}, {inputs.problem.name}, layout {inputs.layout}"
+    return verdict._replace(reason=f"{place}: {verdict.reason}")
+
+
+def _moved(once: tuple[torch.Tensor, ...], again: tuple[torch.Tensor, ...]) -> str | None:
+    """Where two runs on the same inputs differ in a bit."""
+    import torch
+
+    for name, one, two in zip(("out", "lse"), once, again, strict=True):
+        words = getattr(torch, f"int{8 * one.element_size()}")
+        differs = one.view(words) != two.view(words)
+        if bool(differs.any()):
+            where = first_index(differs)
+            return (
+                f"{name}{where} was {float(one[tuple(where)]):.8g} and on a second run "
+                f"{float(two[tuple(where)]):.8g}: a race"
+            )
+    return None

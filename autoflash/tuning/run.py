@@ -1,0 +1,154 @@
+"""Run: what all problems of one tuning run share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from autoflash import device as devices
+from autoflash.codegen.template import Source, Template
+from autoflash.config import Config
+from autoflash.device import Device
+from autoflash.problem import Problem
+from autoflash.record import Measurement, Record
+from autoflash.tuning.effort import Effort
+from autoflash.tuning.pool import Workers
+
+if TYPE_CHECKING:
+    from autoflash.codegen.space import Space
+    from autoflash.database import Database
+
+NEAREST = 4
+"""Winners of other problems that are tried early: beyond a few they repeat each other."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """One call of `tune`.
+
+    Attributes:
+        device: tuned for.
+        templates: name -> template, those that may be used.
+        database: where everything goes at once.
+        effort: the budget.
+        policy: id under which times, or predictions, may be compared.
+        workers: processes that compile and run candidates.
+        seed: of search order and inputs.
+        number: of this run in the database.
+        jobs: compilations at once.
+        environment: versions, as the device's worker reported them.
+        compile_s: moving average of the seconds that one compilation takes.
+        compiled: source digest -> the compiler's answer: problems of equal traits share sources.
+    """
+
+    device: Device
+    templates: Mapping[str, Template]
+    database: Database
+    effort: Effort
+    policy: str
+    workers: Workers
+    seed: int
+    jobs: int
+    number: int | None = None
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    compile_s: float = 3.0
+    compiled: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def accepting(self, problem: Problem) -> list[Template]:
+        """The templates that take this problem on this device."""
+        every = self.templates.values()
+        return [template for template in every if template.refusal(problem, self.device) is None]
+
+    def stored(self, problem: Problem) -> list[Record]:
+        """Trials of this problem that still hold: same device, same policy, same template text."""
+        found = self.database.trials(
+            problem=problem, device_key=self.device.key, policy=self.policy
+        )
+        return [record for record in found if self.is_current(record)]
+
+    def is_current(self, record: Record) -> bool:
+        """Whether a record's template is one of ours and unchanged since."""
+        template = self.templates.get(record.config.template)
+        return template is not None and template.digest == record.template_digest
+
+    def best(self, problem: Problem) -> Record | None:
+        """The stored winner of this problem on this device, if it still holds."""
+        for record in self.database.bests(device_key=self.device.key):
+            if (record.problem, record.policy) == (problem, self.policy):
+                return record if self.is_current(record) else None
+        return None
+
+    def nearest(self, problem: Problem) -> list[Config]:
+        """Winners of the most alike problems, this device's before those of its siblings."""
+        here = self.database.bests(device_key=self.device.key)
+        siblings = self.database.bests(arch=self.device.arch)
+        ranked = sorted(
+            ((record.device.key != self.device.key, problem.distance(record.problem), number)
+             for number, record in enumerate([*here, *siblings])),
+        )  # fmt: skip
+        records = [*here, *siblings]
+        close = (records[number] for _, distance, number in ranked if distance < float("inf"))
+        return list(dict.fromkeys(record.config for record in close))[:NEAREST]
+
+    def seeds(self, problem: Problem, templates: Iterable[Template]) -> list[Config]:
+        """What to try first: the defaults, the nearest winners, then the declared seeds.
+
+        Winners come before the other seeds since their sources are mostly compiled already.
+        """
+        defaults: list[Config] = []
+        declared: list[Config] = []
+        for template in templates:
+            for config in template.seed_configs(problem, self.device):
+                is_default = config == template.default_config(problem, self.device)
+                (defaults if is_default else declared).append(config)
+        return list(dict.fromkeys([*defaults, *self.nearest(problem), *declared]))
+
+    def record(
+        self,
+        problem: Problem,
+        config: Config,
+        outcome: str,
+        *,
+        source: Source | None = None,
+        reason: str = "",
+        measurement: Measurement | None = None,
+        predicted_us: float | None = None,
+        error_ratio: float | None = None,
+        resources: Mapping[str, Any] | None = None,
+    ) -> Record:
+        """A record of this run."""
+        return Record(
+            problem=problem,
+            config=config,
+            template_digest=self.templates[config.template].digest,
+            device=self.device,
+            outcome=outcome,
+            policy=self.policy,
+            reason=reason.partition("\n")[0][:500],
+            measurement=measurement,
+            predicted_us=predicted_us,
+            error_ratio=error_ratio,
+            resources=dict(resources or {}),
+            source_digest=source.digest if source else "",
+            environment=dict(self.environment),
+            created=now(),
+        )
+
+
+def is_present(device: Device) -> bool:
+    """Whether kernels can be run on this device, here and now."""
+    if not device.is_cuda:
+        return device.key == devices.for_arch("cpu").key
+    return device.key == devices.native().key
+
+
+def now() -> str:
+    """The time, as records have it."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def infeasible(spaces: Iterable[Space]) -> int:
+    """How many points of these spaces a constraint rejects."""
+    return sum(space.size - len(space) for space in spaces)

@@ -1,0 +1,347 @@
+"""Tuner: find the fastest config of each problem on a device, and remember it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from autoflash import settings
+from autoflash.build import cache
+from autoflash.codegen.catalog import Catalog, installed
+from autoflash.codegen.template import Template
+from autoflash.device import Device
+from autoflash.errors import InvalidInput
+from autoflash.problem import Problem
+from autoflash.record import Record
+from autoflash.tuning import effort as efforts
+from autoflash.tuning import finals
+from autoflash.tuning.absent import Predictions
+from autoflash.tuning.budget import Budget
+from autoflash.tuning.effort import EFFORTS, Effort
+from autoflash.tuning.lock import device_lock
+from autoflash.tuning.plan import Plan, TemplatePlan, plan
+from autoflash.tuning.pool import Pool, Workers
+from autoflash.tuning.predict import MODEL
+from autoflash.tuning.progress import STATUSES, Event, Listener, TuneResult
+from autoflash.tuning.run import Run, is_present
+from autoflash.tuning.timing import policy_for
+from autoflash.tuning.trials import CANARIES, Report, Trials, device_failed
+
+if TYPE_CHECKING:
+    from autoflash.database import Database
+
+__all__ = [
+    "EFFORTS",
+    "STATUSES",
+    "Effort",
+    "Event",
+    "Plan",
+    "TemplatePlan",
+    "TuneResult",
+    "is_present",
+    "plan",
+    "tune",
+]
+
+
+def tune(
+    problems: Sequence[Problem],
+    device: Device,
+    *,
+    database: Database,
+    effort: str | Effort = "normal",
+    max_trials: int | None = None,
+    max_seconds: float | None = None,
+    templates: Sequence[str] | None = None,
+    seed: int = 0,
+    on_event: Listener | None = None,
+    catalog: Catalog | None = None,
+    workers: Workers | None = None,
+    command: str = "tune",
+) -> list[TuneResult]:
+    """Tune each problem, one after the other, and store every trial at once.
+
+    On a device that is present candidates are compiled, checked and timed, and the best are timed
+    again beside the template's default and PyTorch. For one that is absent they are compiled and
+    ranked by the static model.
+
+    A run goes on where an earlier one stopped, however that ended: its trials count towards
+    the budget and are not repeated. Where nothing is left to try and the stored winner is current,
+    nothing is run at all and that winner is the result.
+
+    Ctrl-C ends the workers at once; what was found so far is returned, with status "partial" for
+    the problem under way and those behind it.
+
+    Args:
+        problems: what to tune; repeats are tuned once.
+        device: what for.
+        database: where trials and winners go.
+        effort: "quick", "normal", "full", or an Effort.
+        max_trials: per problem, in place of the effort's; earlier trials count.
+        max_seconds: for all problems together, in place of the effort's; problems that it does
+            not reach are "partial".
+        templates: names of those that may be used; None is all.
+        seed: of the order of trials and of the inputs.
+        on_event: called with each Event.
+        catalog: of templates; None is the installed one.
+        workers: what compiles and runs candidates; None: processes of our own.
+        command: what to note as the cause of this run.
+
+    Returns:
+        One result per problem, in order.
+
+    Raises:
+        InvalidInput: a problem has no work in it, or a limit is not positive.
+        UnknownName: there is no such template or effort.
+        ToolchainMissing: nothing can be built for want of a compiler.
+        CacheError: another process tunes this device, or the cache cannot be written.
+        WorkerError: the device does not work.
+    """
+    wanted = list(dict.fromkeys(problems))
+    _check(wanted, max_trials, max_seconds)
+    chosen = _chosen(catalog or installed(), templates)
+    budget = efforts.of(effort)
+    present = is_present(device) or workers is not None
+    with ExitStack() as stack:
+        root = cache.root()
+        visible = _visible(device)
+        if present and workers is None:
+            stack.enter_context(device_lock(device, visible, root))
+        if workers is None:
+            workers = Pool(jobs=settings.get().jobs, cache_dir=root, visible=visible)
+        stack.callback(workers.close)
+        run = Run(
+            device=device,
+            templates=chosen,
+            database=database,
+            effort=budget,
+            policy=policy_for(device).id if present else MODEL,
+            workers=workers,
+            seed=seed,
+            jobs=settings.get().jobs,
+        )
+        tuning = _Tuning(run, wanted, present, max_trials, max_seconds, on_event)
+        return tuning.run_all(command)
+
+
+class _Tuning:
+    """One call of `tune`, problem by problem."""
+
+    def __init__(
+        self,
+        run: Run,
+        problems: Sequence[Problem],
+        present: bool,
+        max_trials: int | None,
+        max_seconds: float | None,
+        on_event: Listener | None,
+    ) -> None:
+        self._run = run
+        self._problems = problems
+        self._present = present
+        self._tell: Listener = on_event or (lambda event: None)
+        effort = run.effort
+        self._limit = max_trials or (effort.trials if present else effort.compiles)
+        per_problem = effort.seconds if present else effort.compile_seconds
+        self._budget = Budget(
+            problems, run.device, per_problem=per_problem, in_all=max_seconds, running=present
+        )
+        self._asked = {"effort": effort.name, "max_trials": max_trials, "max_seconds": max_seconds}
+        self._under_way: Trials | Predictions | None = None
+
+    def run_all(self, command: str) -> list[TuneResult]:
+        run, problems = self._run, self._problems
+        results: list[TuneResult] = []
+        status = "failed"
+        try:
+            self._greet()
+            run.number = run.database.start_run(
+                command=command,
+                device=run.device,
+                environment=run.environment,
+                seed=run.seed,
+                budget=self._asked,
+            )
+            self._budget.start()
+            for index, problem in enumerate(problems):
+                results.append(self._tune(index, problem))
+            status = "done"
+        except KeyboardInterrupt:
+            run.workers.close()
+            status = "interrupted"
+            results += [self._interrupted(i) for i in range(len(results), len(problems))]
+        finally:
+            run.workers.close()
+            if run.number is not None:
+                run.database.finish_run(run.number, status)
+        return results
+
+    def _greet(self) -> None:
+        """Start the device's worker, see that the device works, and ask for its versions."""
+        run = self._run
+        if not self._present:
+            from autoflash.tuning.environment import environment
+
+            run.environment = environment(run.device)
+            return
+        request = {"kind": "hello", "device": run.device.to_dict()}
+        reply: dict[str, Any] = {}
+        for _ in range(CANARIES):
+            reply = finals.ask(run, request, run.effort.evaluate_timeout_s)
+            if reply["outcome"] == "ok":
+                run.environment = reply["environment"]
+                return
+        raise device_failed(run.device, reply)
+
+    def _tune(self, index: int, problem: Problem) -> TuneResult:
+        self._under_way = None
+        started = time.monotonic()
+        if self._budget.is_spent():
+            reason = "the time was used up before its turn"
+            result = TuneResult(
+                problem=problem, status="partial", best=self._run.best(problem), reason=reason
+            )
+        elif self._present:
+            result = self._measure(index, problem)
+        else:
+            result = self._rank(index, problem)
+        result = dataclasses.replace(result, elapsed_s=time.monotonic() - started)
+        self._event(
+            "done", index, record=result.best, done=result.trials, total=result.trials,
+            best_us=result.best.latency_us if result.best else None,
+            message=result.reason or STATUSES[result.status],
+        )  # fmt: skip
+        return result
+
+    def _measure(self, index: int, problem: Problem) -> TuneResult:
+        """Tune one problem on the device that is present."""
+        run = self._run
+        trials = Trials(run, problem, limit=self._limit, report=self._reporter(index))
+        self._under_way = trials
+        count = len(trials.records)
+        self._event("start", index, done=count, total=trials.limit, best_us=trials.best_us)
+        champion = run.best(problem)
+        deadline = self._budget.deadline(index)
+        trials.search(lambda: deadline - time.monotonic() - finals.estimate_s(run, trials.best_us))
+        if trials.best is None:
+            return self._result("invalid", trials, None, _why_invalid(trials))
+        if not trials.fresh and champion is not None and champion.is_measured:
+            improved = champion.config not in trials.defaults
+            status = "improved" if improved else "unimproved"
+            return self._result(status, trials, champion, "nothing left to try; stored earlier")
+        records = list(trials.records.values())
+        keep = champion.config if champion else None
+        verdict = finals.decide(run, problem, records, trials.defaults, keep)
+        for record in verdict.finalists:
+            self._event(
+                "finalist", index, record=record, best_us=verdict.best.latency_us,
+                done=len(records), total=trials.limit,
+            )  # fmt: skip
+        if verdict.reason:
+            return self._result("partial", trials, verdict.best, verdict.reason)
+        run.database.set_best(verdict.best)
+        return self._result("improved" if verdict.improved else "unimproved", trials, verdict.best)
+
+    def _rank(self, index: int, problem: Problem) -> TuneResult:
+        """Compile and rank the configs of one problem for a device that is absent."""
+        run = self._run
+        found = Predictions(run, problem, limit=self._limit, report=self._reporter(index))
+        self._under_way = found
+        self._event("start", index, done=len(found.records), total=found.limit)
+        deadline = self._budget.deadline(index)
+        found.compile(lambda: deadline - time.monotonic())
+        best = found.best
+        if best is None:
+            return self._result("invalid", found, None, _why_invalid(found))
+        run.database.set_best(best)
+        count = len(found.records)
+        scope = "all" if count >= found.feasible else f"the {count} most promising of"
+        return self._result(
+            "predicted", found, best, f"compiled {scope} {found.feasible} feasible configs"
+        )
+
+    def _interrupted(self, index: int) -> TuneResult:
+        """The result of a problem that Ctrl-C cut short or kept from its turn."""
+        problem, trials = self._problems[index], self._under_way
+        reason = "interrupted; run it again to go on"
+        if trials is not None and trials.problem == problem:
+            return self._result("partial", trials, trials.best, reason)
+        return TuneResult(problem=problem, status="partial", best=None, reason=reason)
+
+    def _result(
+        self, status: str, trials: Trials | Predictions, best: Record | None, reason: str = ""
+    ) -> TuneResult:
+        return TuneResult(
+            problem=trials.problem,
+            status=status,
+            best=best,
+            outcomes=+trials.outcomes,
+            trials=len(trials.records),
+            reason=reason,
+        )
+
+    def _reporter(self, index: int) -> Report:
+        """Turns what happens among the trials of a problem into events."""
+
+        def report(record: Record | None, message: str) -> None:
+            trials = self._under_way
+            if trials is not None:
+                best = trials.best
+                self._event(
+                    "trial", index, done=len(trials.records), total=trials.limit, record=record,
+                    best_us=best.latency_us if best else None, message=message,
+                )  # fmt: skip
+
+        return report
+
+    def _event(self, kind: str, index: int, **facts: Any) -> None:
+        self._tell(
+            Event(
+                kind=kind,
+                problem=self._problems[index],
+                index=index,
+                total_problems=len(self._problems),
+                **facts,
+            )
+        )
+
+
+def _check(problems: Sequence[Problem], max_trials: int | None, max_seconds: float | None) -> None:
+    if not problems:
+        raise InvalidInput("there is no problem to tune: the list is empty.")
+    for problem in problems:
+        if not problem.flops:
+            raise InvalidInput(f"{problem.name} has no work in it: there is nothing to time.")
+    for name, value in (("max_trials", max_trials), ("max_seconds", max_seconds)):
+        if value is not None and not value > 0:
+            raise InvalidInput(f"{name}={value}: it must be greater than 0.")
+
+
+def _chosen(catalog: Catalog, names: Sequence[str] | None) -> Mapping[str, Template]:
+    if names is None:
+        return catalog.templates
+    return {name: catalog.get(name) for name in names}
+
+
+def _visible(device: Device) -> str | None:
+    """CUDA_VISIBLE_DEVICES of the worker: the one GPU that Device facts are read from."""
+    if not device.is_cuda:
+        return None
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0] or None
+
+
+def _why_invalid(trials: Trials | Predictions) -> str:
+    """What stands between a problem and its first valid config, most frequent first."""
+    if not trials.records:
+        if trials.refusals:
+            refused = "; ".join(f"{name}: needs {why}" for name, why in trials.refusals.items())
+            return f"no template takes it ({refused})"
+        return "no config is feasible; `autoflash plan` lists what rejects them"
+    failed = [r for r in trials.records.values() if r.outcome not in ("ok", "predicted")]
+    reasons = Counter(f"{record.outcome}: {record.reason}" for record in failed)
+    return "; ".join(f"{count}x {why}" for why, count in reasons.most_common(3))

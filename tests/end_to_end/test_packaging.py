@@ -1,0 +1,137 @@
+"""However it is installed, autoflash finds its templates and its records."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+ASK = """
+import json, autoflash
+from autoflash import settings
+from autoflash.codegen import catalog
+found = settings.get()
+print(json.dumps({
+    "package": autoflash.__file__,
+    "templates_dir": str(found.templates_dir),
+    "templates": sorted(catalog.installed().templates),
+    "packs": sorted(path.name for path in found.tuning_db_dir.glob("*.jsonl")),
+}))
+"""
+
+
+def run(*command: object, cwd: Path) -> str:
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("AUTOFLASH_", "PYTHONPATH", "VIRTUAL_ENV"))
+    }
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sdist, and the wheel made from what the sdist holds."""
+    out = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", out, cwd=ROOT)
+    [sdist] = out.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(out, filter="data")
+    [unpacked] = (path for path in out.iterdir() if path.is_dir())
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", out, cwd=unpacked)
+    return out
+
+
+@pytest.fixture(scope="module")
+def dependencies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is installed here except autoflash itself, so that nothing need be downloaded."""
+    folder = tmp_path_factory.mktemp("dependencies")
+    places = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    for entry in (entry for place in places for entry in Path(place).iterdir()):
+        if "autoflash" not in entry.name and entry.suffix != ".pth":
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+def venv(folder: Path, dependencies: Path) -> Path:
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    python = folder / "bin" / "python"
+    site = run(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=folder)
+    (Path(site.strip()) / "dependencies.pth").write_text(f"{dependencies}\n", encoding="utf-8")
+    return python
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist", "editable"])
+def test_an_installation_finds_its_data(
+    kind: str, dist: Path, dependencies: Path, tmp_path: Path
+) -> None:
+    python = venv(tmp_path / "venv", dependencies)
+    what = {
+        "wheel": [next(dist.glob("*.whl"))],
+        "sdist": [next(dist.glob("*.tar.gz"))],
+        "editable": ["--editable", next(path for path in dist.iterdir() if path.is_dir())],
+    }[kind]
+    pip = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation")
+    run(python, *pip, *what, cwd=tmp_path)
+
+    answer = json.loads(run(python, "-c", ASK, cwd=tmp_path))
+
+    inside = dist if kind == "editable" else tmp_path / "venv"
+    assert Path(answer["package"]).is_relative_to(inside)
+    assert Path(answer["templates_dir"]).is_relative_to(inside)
+    endings = (".py.jinja", ".cu.jinja", ".cpp.jinja")
+    files = [
+        path.relative_to(ROOT / "templates").as_posix()
+        for path in (ROOT / "templates").rglob("*.jinja")
+        if path.name.endswith(endings) and not path.name.startswith("_")
+    ]
+    assert answer["templates"] == sorted(re.sub(r"\.\w+\.jinja$", "", name) for name in files)
+    assert answer["packs"] == sorted(path.name for path in (ROOT / "tuning_db").glob("*.jsonl"))
+
+    version = run(python.parent / "autoflash", "version", "--json", cwd=tmp_path)
+    assert json.loads(version)["package"] == str(Path(answer["package"]).parent)
+
+
+def test_the_wheel_is_pure_and_holds_the_package_alone(dist: Path) -> None:
+    [wheel] = dist.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        tops = {name.split("/")[0] for name in archive.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"autoflash"}
+
+
+def test_nothing_heavy_is_imported_with_the_package() -> None:
+    heavy = ["torch", "triton", "jinja2", "sqlalchemy", "alembic", "optuna", "typer", "rich"]
+    code = f"import sys, autoflash; print([m for m in {heavy} if m in sys.modules])"
+    assert run(sys.executable, "-c", code, cwd=ROOT).strip() == "[]"
+
+
+def test_every_dependency_has_a_pin_that_it_allows() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.lower().split("==") for line in lines if not line.startswith("#"))
+    for text in (*project["dependencies"], *extras["dev"]):
+        wanted = Requirement(text)
+        if wanted.marker is None or wanted.marker.evaluate({"python_version": "3.11"}):
+            assert wanted.specifier.contains(pins[wanted.name.lower()]), text

@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from autoflash import benchmark, settings
+from autoflash import device as devices
+from autoflash.benchmark import GRIDS, Report, Row, grid, run, show, table
+from autoflash.benchmark.runner import PROVIDERS
+from autoflash.device import KNOWN_GPUS, Device
+from autoflash.errors import InvalidInput, UnknownName
+from autoflash.problem import Problem
+from autoflash.tuning import peers
+from autoflash.tuning.peers import PEERS
+
+TINY = Problem.parse("b1s40h2d32c-float32")
+FORWARD = """
+b16s1024h16/16d128c b16s1024h16/16d128f b16s1024h32/32d64c b16s1024h32/32d64f b16s1024h8/8d256c
+b16s1024h8/8d256f b1s16384h16/16d128c b1s16384h16/16d128f b1s16384h32/32d64c b1s16384h32/32d64f
+b1s16384h32/8d128c b1s16384h8/8d256c b1s16384h8/8d256f b4s4096h16/16d128c b4s4096h16/16d128f
+b4s4096h32/32d64c b4s4096h32/32d64f b4s4096h32/8d128c b4s4096h8/8d256c b4s4096h8/8d256f
+"""
+
+
+@pytest.fixture
+def cpu() -> Device:
+    return devices.for_arch("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_forward_grid_is_the_published_one() -> None:
+    problems = GRIDS["fwd"]
+    assert {problem.name for problem in problems} == {f"{n}-bfloat16" for n in FORWARD.split()}
+    assert len(problems) == 20
+    assert {problem.batch * problem.seqlen_q for problem in problems} == {16384}
+
+
+def test_the_cpu_grid_has_both_dtypes_and_both_masks() -> None:
+    cells = {(p.seqlen_q, p.head_dim, p.causal, p.dtype) for p in GRIDS["cpu"]}
+    assert cells == {
+        (seqlen, dim, causal, dtype)
+        for seqlen, dim in ((1024, 64), (4096, 64), (2048, 128))
+        for causal in (True, False)
+        for dtype in ("float32", "bfloat16")
+    }
+    assert {(p.batch, p.num_heads, p.num_kv_heads) for p in GRIDS["cpu"]} == {(1, 8, 8)}
+
+
+@pytest.mark.parametrize("name", list(GRIDS))
+def test_names_of_grids_read_back(name: str) -> None:
+    assert grid(name) == GRIDS[name]
+    assert tuple(Problem.parse(problem.name) for problem in GRIDS[name]) == GRIDS[name]
+    assert len(set(GRIDS[name])) == len(GRIDS[name])
+
+
+def test_a_grid_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(
+        "# decode\n\nb1s1x4096h32/8d128c  # one row\nb1s8h1d16f-float32\nb1s8h1d16f-float32\n"
+    )
+    found = grid(str(path), dtype="float16")
+    assert [problem.name for problem in found] == [
+        "b1s1x4096h32/8d128c-float16", "b1s8h1/1d16f-float32",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("b1s8h1d16f\nb1s8h1\n", ":2: problem 'b1s8h1'"), ("# nothing\n", "names no problem"),
+     ("b1s8h3/2d16f", "not a multiple of num_kv_heads")],
+)  # fmt: skip
+def test_a_mistake_in_a_grid_file_is_named(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(text)
+    with pytest.raises(InvalidInput) as caught:
+        grid(str(path))
+    assert said in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_grid_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="smok"):
+        grid("smok")
+    path = tmp_path / "binary.txt"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        grid(str(path))
+
+
+def test_grids_need_nothing_heavy() -> None:
+    code = (
+        "import sys; from autoflash import benchmark; benchmark.GRIDS['cpu'];"
+        "sys.exit(bool({'torch', 'triton', 'optuna', 'sqlalchemy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_provider_gets_a_row_and_ours_says_what_served_it(cpu: Device) -> None:
+    started: list[tuple[str, int, int]] = []
+    seen: list[Row] = []
+    report = run(
+        [TINY], cpu, rounds=5, budget_ms=5,
+        on_start=lambda p, i, n: started.append((p.name, i, n)), on_row=seen.append,
+    )  # fmt: skip
+    assert started == [(TINY.name, 0, 1)]
+    assert tuple(seen) == report.rows
+    assert tuple(row.provider for row in report.rows) == PROVIDERS
+    rows = {row.provider: row for row in report.rows}
+    for name in ("autoflash", "sdpa", "math", "naive"):
+        row = rows[name]
+        assert row.outcome == "ok"
+        assert row.latency_us is not None
+        assert row.latency_us > 0
+        assert row.tflops == pytest.approx(TINY.flops / row.latency_us / 1e6)
+        assert row.count is not None
+        assert row.count >= 5
+        assert row.error_ratio is not None
+        assert row.error_ratio < 2
+    assert rows["autoflash"].rule in ("exact", "bucket", "default", "torch")
+    assert (rows["autoflash"].config is None) == (rows["autoflash"].rule == "torch")
+    assert rows["autoflash"].speedup is None
+    assert rows["cudnn"].outcome == "unavailable"
+    assert rows["cudnn"].reason == "runs on GPUs only"
+    assert rows["cudnn"].latency_us is None
+    sdpa = rows["sdpa"]
+    assert sdpa.speedup is not None
+    assert sdpa.speedup_low is not None
+    assert sdpa.speedup_high is not None
+    assert sdpa.speedup_low <= sdpa.speedup <= sdpa.speedup_high
+
+    document = json.loads(report.to_json())
+    assert document["schema_version"] == 1
+    assert document["policy"] == "cpu-wall-warm-median-1"
+    assert document["device"]["arch"] == "cpu"
+    assert document["environment"]["torch"] == torch.__version__
+    assert document["date"].endswith("Z")
+    assert {"problem", "provider", "latency_us", "tflops"} <= document["rows"][0].keys()
+    assert len(document["rows"]) == len(PROVIDERS)
+
+
+def _add(monkeypatch: pytest.MonkeyPatch, name: str, make: peers.Make, *, fused: bool) -> None:
+    monkeypatch.setitem(PEERS, name, peers._peer(name, "test", "bhsd", make, is_fused=fused))
+    monkeypatch.setattr("autoflash.benchmark.runner.PROVIDERS", (*PROVIDERS, name))
+
+
+def test_a_provider_that_is_wrong_is_not_timed(
+    cpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [0]
+
+    def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> peers.Call:
+        def call() -> torch.Tensor:
+            calls[0] += 1
+            return torch.zeros_like(q)
+
+        return call
+
+    _add(monkeypatch, "lazy", make, fused=True)
+    report = run([TINY], cpu, ["naive", "lazy"], rounds=5, budget_ms=2)
+    lazy = report.rows[1]
+    assert (lazy.provider, lazy.outcome, lazy.latency_us) == ("lazy", "wrong_result", None)
+    assert "should be" in lazy.reason
+    assert calls[0] == 2  # to see whether it runs, and to look at what it gives
+    assert list(report.latencies()[TINY.name]) == ["naive"]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_fallback_does_not_count_as_the_fused_kernel(
+    cpu: Device, monkeypatch: pytest.MonkeyPatch, fused: bool
+) -> None:
+    def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> peers.Call:
+        right = peers.PEERS["naive"].make(*(t.transpose(1, 2) for t in (q, k, v)), problem)
+
+        def call() -> torch.Tensor:
+            time.sleep(0.06)
+            return right()
+
+        return call
+
+    _add(monkeypatch, "slow", make, fused=fused)
+    report = run([TINY], cpu, ["naive", "slow"], rounds=5, budget_ms=2)
+    slow = report.rows[1]
+    assert slow.outcome == ("implausible" if fused else "ok")
+    assert (slow.latency_us is None) == fused
+    assert ("unfused fallback" in slow.reason) == fused
+
+
+def test_requests_without_sense_are_refused(cpu: Device) -> None:
+    with pytest.raises(UnknownName, match="cudn"):
+        run([TINY], cpu, ["cudn"])
+    with pytest.raises(InvalidInput, match="nothing to compare"):
+        run([], cpu)
+    with pytest.raises(InvalidInput, match="nothing to compare"):
+        run([TINY], cpu, [])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_a_device_that_is_absent_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="not present"):
+        run([TINY], KNOWN_GPUS["sm90"])
+
+
+def _report(cpu: Device) -> Report:
+    def row(problem: str, provider: str, latency_us: float | None, **more: str) -> Row:
+        outcome = "ok" if latency_us else "unavailable"
+        return Row(
+            problem=problem, provider=provider, outcome=outcome, latency_us=latency_us, **more
+        )
+
+    one, two = "b1s1024h8/8d64f-float32", "b1s1024h8/8d64c-float32"
+    rows = (
+        row(one, "autoflash", 100.0, rule="exact"), row(one, "sdpa", 200.0), row(one, "fa4", 50.0),
+        row(one, "cudnn", None, reason="runs on GPUs only"),
+        row(two, "autoflash", 100.0, rule="bucket"), row(two, "sdpa", 800.0),
+        row(two, "fa4", None, reason="it broke"),
+        row(two, "cudnn", None, reason="runs on GPUs only"),
+    )  # fmt: skip
+    return Report(cpu, "some-policy", "2026-11-21T00:00:00Z", {}, {}, rows)
+
+
+def test_the_table_compares_with_the_best_peer_and_with_pytorch(cpu: Device) -> None:
+    laid = table(_report(cpu))
+    assert laid.columns == (
+        "problem", ">autoflash", ">sdpa", ">fa4", "rule", ">over best", ">over sdpa",
+    )  # fmt: skip
+    full, half, mean = laid.rows
+    # 2.147 GFLOP in 100 us, and half of it.
+    assert full == (
+        "b1s1024h8/8d64f-float32", "21.5", "10.7", "42.9", "exact", "0.50x fa4", "2.00x",
+    )  # fmt: skip
+    assert half[1:] == ("10.7", "1.34", "-", "bucket", "8.00x sdpa", "8.00x")
+    assert mean[1:] == ("", "4.00x", "0.50x", "", "2.00x", "4.00x")
+
+
+def test_what_is_missing_is_said_once(cpu: Device) -> None:
+    assert _report(cpu).skipped() == [
+        "cudnn: runs on GPUs only",
+        "fa4: it broke (b1s1024h8/8d64c-float32)",
+    ]
+
+
+def test_the_table_is_plain_where_there_is_no_terminal(cpu: Device) -> None:
+    plain, drawn = io.StringIO(), io.StringIO()
+    show(_report(cpu), Console(file=plain, width=40))
+    show(_report(cpu), Console(file=drawn, width=140, force_terminal=True))
+    lines = plain.getvalue().splitlines()
+    assert all(ord(character) < 128 and character != "\x1b" for character in plain.getvalue())
+    line = next(line for line in lines if line.startswith("b1s1024h8/8d64f"))
+    assert line.endswith("2.00x")  # one line, however narrow
+    assert "not timed: cudnn: runs on GPUs only" in lines
+    assert "\x1b" in drawn.getvalue()
+    assert "0.50x fa4" in drawn.getvalue()
+
+
+def test_a_report_without_ours_still_makes_a_table(cpu: Device) -> None:
+    report = _report(cpu)
+    rows = tuple(row for row in report.rows if row.provider != "autoflash")
+    laid = table(Report(cpu, "p", "d", {}, {}, rows))
+    assert len(laid.rows) == 2
+    assert laid.rows[0][-2:] == ("", "")
+
+
+def test_names_are_public() -> None:
+    for name in benchmark.__all__:
+        assert hasattr(benchmark, name)
+
+
+SCRIPT = settings.PACKAGE_DIR.parent / "benchmarks" / "dispatch_overhead.py"
+
+
+def test_dispatch_overhead_judges_by_what_it_prints() -> None:
+    ran = subprocess.run(
+        [sys.executable, str(SCRIPT), "--json", "--rounds", "5"],
+        capture_output=True, text=True, check=False, cwd=SCRIPT.parent.parent,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)},
+    )  # fmt: skip
+    found = json.loads(ran.stdout)
+    assert found["budget_us"] == 5.0
+    assert found["within_budget"] == (found["overhead_us"] <= 5.0)
+    assert ran.returncode == (0 if found["within_budget"] else 1)
+    assert found["launch_us"] > 0
+    assert "torch" in found["environment"]
+
+
+def test_dispatch_overhead_refuses_what_is_no_problem() -> None:
+    ran = subprocess.run(
+        [sys.executable, str(SCRIPT), "--problem", "b1"],
+        capture_output=True, text=True, check=False, cwd=SCRIPT.parent.parent,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)},
+    )  # fmt: skip
+    assert ran.returncode == 2
+    assert "is not of the form" in ran.stderr
+    assert "Traceback" not in ran.stderr

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from autoflash import benchmark
+from autoflash.cli.problems import Selection, default_grid
+from autoflash.device import KNOWN_GPUS, Device
+from autoflash.errors import InvalidInput, UnknownName
+from autoflash.problem import Problem
+
+CPU = Device(name="test cpu", arch="cpu", num_sms=2)
+SM80 = KNOWN_GPUS["sm80"]
+
+
+def names(selection: Selection, device: Device = CPU) -> list[str]:
+    return [problem.name for problem in selection.problems(device)]
+
+
+def test_sizes_are_comma_lists_and_all_combinations_are_meant() -> None:
+    chosen = Selection(
+        batch="2", seqlen="128,256", heads="4", kv_heads="2", head_dim="64,128", dtype="float32",
+        causal=True,
+    ).problems(CPU)  # fmt: skip
+    assert {(p.seqlen_q, p.head_dim) for p in chosen} == {
+        (128, 64), (128, 128), (256, 64), (256, 128)
+    }  # fmt: skip
+    assert len(chosen) == 4
+    assert {(p.batch, p.num_heads, p.num_kv_heads, p.causal) for p in chosen} == {(2, 4, 2, True)}
+
+
+def test_a_size_that_is_not_given_is_the_usual_one_of_the_device() -> None:
+    assert names(Selection(head_dim="64", causal=False)) == [
+        "b1s1024h8/8d64f-float32", "b1s1024h8/8d64f-bfloat16"
+    ]  # fmt: skip
+    assert names(Selection(head_dim="64,128", dtype="bfloat16"), SM80) == [
+        "b4s4096h32/32d64c-bfloat16", "b4s4096h32/32d64f-bfloat16",
+        "b4s4096h16/16d128c-bfloat16", "b4s4096h16/16d128f-bfloat16",
+    ]  # fmt: skip
+
+
+def test_key_rows_and_value_dims_follow_unless_given() -> None:
+    [problem] = Selection(
+        seqlen="1", seqlen_k="777", head_dim="192", head_dim_v="128", dtype="float16", causal=True
+    ).problems(CPU)
+    assert (problem.seqlen_q, problem.seqlen_k) == (1, 777)
+    assert (problem.head_dim, problem.head_dim_v) == (192, 128)
+
+
+def test_default_heads_are_a_multiple_of_the_kv_heads_asked_for() -> None:
+    for problem in Selection(kv_heads="3,5", head_dim="96").problems(SM80):
+        assert problem.num_heads % problem.num_kv_heads == 0
+
+
+def test_an_empty_sequence_can_be_asked_for() -> None:
+    assert names(Selection(seqlen="0", heads="1", dtype="float32", causal=True)) == [
+        "b1s0h1/1d64c-float32"
+    ]
+
+
+@pytest.mark.parametrize("device", [CPU, SM80])
+def test_with_nothing_asked_for_it_is_the_default_grid(device: Device) -> None:
+    assert Selection().problems(device) == list(benchmark.GRIDS[default_grid(device)])
+
+
+def test_sizes_choose_within_a_grid() -> None:
+    everything = list(benchmark.GRIDS["cpu"])
+    chosen = Selection(grid="cpu", causal=True, head_dim="64").problems(CPU)
+    assert chosen == [p for p in everything if p.causal and p.head_dim == 64]
+    assert 0 < len(chosen) < len(everything)
+
+
+def test_a_file_names_one_problem_per_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text("# mine\nb1s16h1d64c-float32  # small\n\nb2s99h4/2d80f\nb1s16h1d64c-float32\n")
+    assert names(Selection(file=file)) == ["b1s16h1/1d64c-float32", "b2s99h4/2d80f-bfloat16"]
+
+
+def test_a_shape_takes_each_dtype_unless_it_names_one() -> None:
+    shapes = ["b1s16h1d64c", "b1s16h1d64f-float16"]
+    assert names(Selection(shape=shapes, dtype="float32,bfloat16")) == [
+        "b1s16h1/1d64c-float32", "b1s16h1/1d64c-bfloat16", "b1s16h1/1d64f-float16"
+    ]  # fmt: skip
+
+
+def wrong_file(tmp_path: Path, text: bytes) -> Path:
+    path = tmp_path / "wrong.txt"
+    path.write_bytes(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("selection", "error", "message"),
+    [
+        (Selection(grid="cqu"), UnknownName, "unknown grid or file 'cqu'. Did you mean 'cpu'"),
+        (Selection(shape=["4x4"]), InvalidInput, "'4x4' is not of the form"),
+        (Selection(shape=["b1s1h1d8c"], heads="2"), InvalidInput, "--heads says nothing beside"),
+        (Selection(head_dim="64,x"), InvalidInput, "--head-dim 'x' is not a whole number"),
+        (Selection(seqlen_k="-1"), InvalidInput, "--seqlen-k '-1'"),
+        (Selection(dtype="bf16"), UnknownName, "unknown dtype 'bf16'.*bfloat16"),
+        (Selection(heads="3", kv_heads="2"), InvalidInput, "num_heads=3 is not a multiple"),
+        (Selection(grid="cpu", head_dim="7"), InvalidInput, "none of the .* grid 'cpu'"),
+        (Selection(file=Path("/does/not/exist")), UnknownName, "/does/not/exist"),
+    ],
+)
+def test_what_cannot_be_meant_names_option_and_value(
+    selection: Selection, error: type[InvalidInput], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        selection.problems(CPU)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"b1s1h1d8c\nb1s1h1\n", "wrong.txt:2: problem 'b1s1h1' is not"),
+        (b"# nothing\n", "names no problem"),
+        (b"\xff\xfe", "wrong.txt cannot be read"),
+    ],
+)
+def test_a_mistake_in_a_file_is_placed(tmp_path: Path, text: bytes, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        Selection(file=wrong_file(tmp_path, text)).problems(CPU)
+
+
+def test_matching_keeps_the_records_of_the_problems_asked_for() -> None:
+    class Known:
+        def __init__(self, name: str) -> None:
+            self.problem = Problem.parse(name)
+
+    one, two = Known("b1s16h1d64c-float32"), Known("b1s32h1d64f-float32")
+    assert Selection().matching([one, two]) == [one, two]
+    assert Selection(causal=True).matching([one, two]) == [one]
+    assert Selection(shape=["b1s32h1d64f-float32"]).matching([one, two]) == [two]

@@ -1,0 +1,380 @@
+"""The dispatcher alone: given templates, records and a device, what does it choose, and why?"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autoflash.build import Artifact, Kernel, Launch, Resources
+from autoflash.codegen.catalog import Catalog
+from autoflash.codegen.template import Source
+from autoflash.config import Config
+from autoflash.device import KNOWN_GPUS, Device
+from autoflash.errors import CompileError
+from autoflash.problem import Problem
+from autoflash.record import Measurement, Record
+from autoflash.runtime import serving, warn
+from autoflash.runtime.dispatch import MAX_DISTANCE, Dispatcher
+from autoflash.runtime.explain import explain
+
+TEMPLATE = """{{#---
+summary = "A kernel for tests."
+source  = "this test"
+op      = "fwd"
+
+[accepts]
+"device is a GPU" = "device.is_cuda"
+"head_dim is at most {limit}" = "problem.head_dim <= {limit}"
+
+[tunables]
+block_m = [32, 64, 128]
+num_stages = [1, 2]
+
+[default]
+block_m = 64
+num_stages = 1
+
+[constraints]
+"long tiles want long sequences" = "block_m < 128 or problem.seqlen_q >= 128"
+---#}}
+block_m = {{{{ block_m }}}}; num_stages = {{{{ num_stages }}}}; dim = {{{{ problem.head_dim }}}}
+"""
+
+HERE = KNOWN_GPUS["sm90"]
+SIBLING = dataclasses.replace(HERE, name="NVIDIA H20", num_sms=78)
+ASKED = Problem.parse("b1s1024h8d64c-bfloat16")
+
+
+class Built(Kernel):
+    """What the fake builder makes: it remembers its source and cannot run."""
+
+    def __init__(self, source: Source, device: Device) -> None:
+        resources = Resources(compile_s=0.0, binary_bytes=0)
+        super().__init__(Artifact(source, device.arch, source.digest, Path(), resources))
+
+    def prepare(self, scalars: tuple[int, ...]) -> Launch:
+        raise NotImplementedError
+
+
+class Builder:
+    """Builds, counts, and fails for sources that hold one of the texts in `broken`."""
+
+    def __init__(self, *broken: str) -> None:
+        self.broken = broken
+        self.sources: list[Source] = []
+
+    def __call__(self, source: Source, device: Device) -> Kernel:
+        self.sources.append(source)
+        if any(text in source.text for text in self.broken):
+            raise CompileError("ptxas says no")
+        return Built(source, device)
+
+
+@pytest.fixture(autouse=True)
+def _forgotten() -> None:
+    warn.forget()
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    return make_catalog(tmp_path, {"triton/fwd.py.jinja": 256})
+
+
+def make_catalog(root: Path, files: dict[str, int]) -> Catalog:
+    for name, limit in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(TEMPLATE.format(limit=limit))
+    return Catalog.load(root)
+
+
+def record(catalog: Catalog, problem: Problem | str, **changes: Any) -> Record:
+    """A measured record of block_m 32 for a problem on HERE; `changes` are fields of Record."""
+    config = Config.of("triton/fwd", {"block_m": 32, "num_stages": 2})
+    fields: dict[str, Any] = {
+        "problem": Problem.parse(problem) if isinstance(problem, str) else problem,
+        "config": config,
+        "template_digest": catalog.get(config.template).digest,
+        "device": HERE,
+        "outcome": "ok",
+        "policy": "test",
+        "measurement": Measurement(latency_us=10.0, p20_us=9.0, p80_us=11.0, count=5),
+    }
+    return Record(**{**fields, **changes})
+
+
+def predicted(catalog: Catalog, problem: Problem | str, **changes: Any) -> Record:
+    changes = {"outcome": "predicted", "measurement": None, "predicted_us": 5.0, **changes}
+    return record(catalog, problem, **changes)
+
+
+def values(**chosen: int) -> Config:
+    return Config.of("triton/fwd", {"block_m": 64, "num_stages": 1, **chosen})
+
+
+# The rules --------------------------------------------------------------------------------------
+
+
+def test_the_record_of_the_very_problem_serves_it(catalog: Catalog) -> None:
+    mine = record(catalog, ASKED)
+    near = record(catalog, "b1s2048h8d64c", config=values(block_m=128))
+    served = Dispatcher(HERE, [near, mine], catalog, Builder()).serve(ASKED)
+    assert (served.rule, served.config, served.record) == ("exact", mine.config, mine)
+    assert isinstance(served.kernel, Built)
+    assert "block_m = 32; num_stages = 2; dim = 64" in served.kernel.artifact.source.text
+
+
+def test_of_two_records_of_one_problem_the_faster_serves(catalog: Catalog) -> None:
+    fast = Measurement(latency_us=1.0, p20_us=1.0, p80_us=1.0, count=5)
+    best = record(catalog, ASKED, measurement=fast, config=values(block_m=128), policy="other")
+    for records in ([record(catalog, ASKED), best], [best, record(catalog, ASKED)]):
+        assert Dispatcher(HERE, records, catalog, Builder()).serve(ASKED).record is best
+
+
+def test_the_nearest_record_stands_in(catalog: Catalog) -> None:
+    far = record(catalog, "b1s8192h8d64c", config=values(block_m=128))
+    near = record(catalog, "b1s1536h8d64c")
+    other = record(catalog, "b1s1024h8d64f", config=values())
+    served = Dispatcher(HERE, [far, other, near], catalog, Builder()).serve(ASKED)
+    assert (served.rule, served.record) == ("bucket", near)
+    assert "b1s1536h8/8d64c-bfloat16" in served.reason
+
+
+def test_a_record_too_far_away_does_not_stand_in(catalog: Catalog) -> None:
+    far = record(catalog, "b1s1024h8d64c")
+    decoding = Problem.parse("b1s1x1024h8d64c")
+    assert decoding.distance(far.problem) > MAX_DISTANCE
+    served = Dispatcher(HERE, [far], catalog, Builder()).serve(decoding)
+    assert (served.rule, served.config) == ("default", values())
+    edge = Problem.parse("b1s8192h8d64c")
+    assert edge.distance(far.problem) == MAX_DISTANCE
+    assert Dispatcher(HERE, [far], catalog, Builder()).serve(edge).record is far
+
+
+def test_evidence_counts_before_distance(catalog: Catalog) -> None:
+    here = record(catalog, "b1s4096h8d64c")
+    sibling = record(catalog, "b1s2048h8d64c", device=SIBLING, config=values())
+    guess = predicted(catalog, ASKED, config=values(block_m=128))
+    for records, expected in (
+        ([guess, sibling, here], here),
+        ([guess, sibling], sibling),
+        ([guess], guess),
+    ):
+        served = Dispatcher(HERE, records, catalog, Builder()).serve(ASKED)
+        assert served.record is expected
+    elsewhere = Dispatcher(SIBLING, [guess], catalog, Builder()).serve(ASKED)
+    assert elsewhere.rule == "bucket"
+    assert elsewhere.record is guess
+
+
+def test_records_of_another_arch_never_serve(catalog: Catalog) -> None:
+    ampere = record(catalog, ASKED, device=KNOWN_GPUS["sm80"])
+    dispatcher = Dispatcher(HERE, [ampere], catalog, Builder())
+    assert dispatcher.serve(ASKED).rule == "default"
+    assert dispatcher.index.rejected == [(ampere, "it is for sm80")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"template_digest": "0123456789abcdef"}, "has changed since: it was 0123456789abcdef"),
+        ({"outcome": "wrong_result"}, "its outcome is wrong_result"),
+        ({"config": Config.of("triton/gone", {})}, "unknown template 'triton/gone'"),
+    ],
+)
+def test_a_record_that_does_not_hold_is_set_aside_with_its_reason(
+    catalog: Catalog, changes: dict[str, Any], reason: str
+) -> None:
+    dispatcher = Dispatcher(HERE, [record(catalog, ASKED, **changes)], catalog, Builder())
+    assert dispatcher.serve(ASKED).rule == "default"
+    [(_, why)] = explain(ASKED, dispatcher=dispatcher).rejected
+    assert reason in why
+
+
+def test_a_record_whose_config_is_infeasible_here_is_passed_over(catalog: Catalog) -> None:
+    short = Problem.parse("b1s64x4096h8d64c")
+    long_tile = record(catalog, "b1s128x4096h8d64c", config=values(block_m=128))
+    next_best = record(catalog, "b1s512x4096h8d64c")
+    dispatcher = Dispatcher(HERE, [long_tile, next_best], catalog, Builder())
+    assert dispatcher.serve(short).record is next_best
+    [(rejected, why)] = explain(short, dispatcher=dispatcher).rejected
+    assert (rejected, why) == (long_tile, "long tiles want long sequences")
+
+
+def test_of_several_templates_the_most_specialised_default_serves(tmp_path: Path) -> None:
+    catalog = make_catalog(
+        tmp_path,
+        {
+            "triton/fwd.py.jinja": 256,
+            "gluon/fwd.py.jinja": 128,
+            "gluon/fwd_wide.py.jinja": 256,
+            "other/fwd.py.jinja": 512,
+        },
+    )
+    dispatcher = Dispatcher(HERE, [], catalog, Builder())
+
+    def templates(head_dim: int) -> list[str]:
+        problem = dataclasses.replace(ASKED, head_dim=head_dim, head_dim_v=head_dim)
+        return [choice.template.name for choice in dispatcher.choices(problem)]
+
+    assert templates(64) == ["gluon/fwd", "gluon/fwd_wide", "triton/fwd", "other/fwd"]
+    assert templates(256) == ["gluon/fwd_wide", "triton/fwd", "other/fwd"]
+    assert templates(512) == ["other/fwd"]
+    assert dispatcher.serve(ASKED).reason == "the template's default"
+
+
+def test_what_no_template_accepts_is_left_to_pytorch_with_the_reason(catalog: Catalog) -> None:
+    wide = Problem.parse("b1s1024h8d300c")
+    served = Dispatcher(HERE, [], catalog, Builder()).serve(wide)
+    assert (served.rule, served.kernel, served.config) == ("torch", None, None)
+    assert served.reason == "triton/fwd needs: head_dim is at most 256"
+
+
+def test_a_declared_seed_serves_where_the_default_is_infeasible(tmp_path: Path) -> None:
+    path = tmp_path / "triton/fwd.py.jinja"
+    path.parent.mkdir()
+    text = TEMPLATE.format(limit=256).replace("block_m = 64\nnum", "block_m = 128\nnum")
+    path.write_text(text.replace("[constraints]", "[[seeds]]\nblock_m = 32\n\n[constraints]"))
+    dispatcher = Dispatcher(HERE, [], Catalog.load(tmp_path), Builder())
+    served = dispatcher.serve(Problem.parse("b1s64h8d64c"))
+    assert served.config == values(block_m=32)
+    assert served.reason == "the template's first seed"
+
+
+# Building ---------------------------------------------------------------------------------------
+
+
+def test_problems_that_differ_only_in_size_share_a_kernel(catalog: Catalog) -> None:
+    builder = Builder()
+    dispatcher = Dispatcher(HERE, [], catalog, builder)
+    kernels = {
+        id(dispatcher.serve(Problem.parse(name)).kernel)
+        for name in ("b1s1024h8d64c", "b2s77x1000h4d64c", "b1s1h1d64c")
+    }
+    assert len(kernels) == len(builder.sources) == 1
+    dispatcher.serve(Problem.parse("b1s1024h8/2d64c"))
+    dispatcher.serve(dataclasses.replace(ASKED, aligned=False))
+    assert len(builder.sources) == 3
+
+
+def test_a_config_that_cannot_be_built_gives_way_to_the_default(catalog: Catalog) -> None:
+    builder = Builder("block_m = 32")
+    dispatcher = Dispatcher(HERE, [record(catalog, ASKED)], catalog, builder)
+    with pytest.warns(RuntimeWarning, match="ptxas says no") as told:
+        served = dispatcher.serve(ASKED)
+    assert len(told) == 1
+    assert (served.rule, served.config) == ("default", values())
+    assert served.reason == "the template's default"
+    assert served.failures == ("triton/fwd (block_m=32 num_stages=2): CompileError: ptxas says no",)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # told once
+        dispatcher.serve(dataclasses.replace(ASKED, batch=2))
+    assert len(builder.sources) == 2  # nor is it built again
+
+
+def test_when_nothing_can_be_built_pytorch_serves(catalog: Catalog) -> None:
+    dispatcher = Dispatcher(HERE, [], catalog, Builder("block_m"))
+    with pytest.warns(RuntimeWarning, match=r"triton/fwd \(block_m=64 num_stages=1\) cannot"):
+        served = dispatcher.serve(ASKED)
+    assert served.rule == "torch"
+    assert "ptxas says no" in served.reason
+
+
+def test_a_kernel_that_cannot_be_launched_is_given_up(catalog: Catalog) -> None:
+    dispatcher = Dispatcher(HERE, [record(catalog, ASKED)], catalog, Builder())
+    served = dispatcher.serve(ASKED)
+    with pytest.warns(RuntimeWarning, match="out of resources"):
+        dispatcher.gave_up(served, "out of resources")
+    assert dispatcher.serve(ASKED).rule == "default"
+    dispatcher.reload()  # such as by warmup, after the reason was removed
+    assert dispatcher.serve(ASKED).rule == "exact"
+
+
+def test_nothing_is_read_or_built_while_a_graph_is_captured(catalog: Catalog) -> None:
+    reads: list[int] = []
+
+    def read() -> list[Record]:
+        reads.append(1)
+        return [record(catalog, ASKED)]
+
+    builder = Builder()
+    dispatcher = Dispatcher(HERE, read, catalog, builder)
+    served = dispatcher.serve(ASKED, may_build=False)
+    assert served.rule == "torch"
+    assert "autoflash.warmup" in served.reason
+    assert (reads, builder.sources) == ([], [])
+    other = dataclasses.replace(ASKED, head_dim=128, head_dim_v=128)
+    assert dispatcher.serve(ASKED).rule == "exact"
+    assert dispatcher.serve(ASKED, may_build=False).rule == "exact"
+    assert dispatcher.serve(other, may_build=False).rule == "torch"
+    assert dispatcher.serve(other).rule == "default"
+    assert len(reads) == 1
+
+
+def test_threads_that_ask_at_once_build_once(catalog: Catalog) -> None:
+    builder = Builder()
+    dispatcher = Dispatcher(HERE, [record(catalog, ASKED)], catalog, builder)
+    barrier = threading.Barrier(8)
+    kernels: list[Kernel | None] = []
+
+    def ask() -> None:
+        barrier.wait()
+        kernels.append(dispatcher.serve(ASKED).kernel)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(kernels) == 8
+    assert len(set(map(id, kernels))) == len(builder.sources) == 1
+
+
+# Explaining -------------------------------------------------------------------------------------
+
+
+def test_an_explanation_names_rule_rivals_and_differences(catalog: Catalog) -> None:
+    mine, near = record(catalog, ASKED), record(catalog, "b2s2048h8d64c")
+    far, other = record(catalog, "b1s1h8d64c"), record(catalog, "b1s1024h8d64f")
+    guess = predicted(catalog, ASKED, device=SIBLING)
+    builder = Builder()
+    dispatcher = Dispatcher(HERE, [other, far, near, guess, mine], catalog, builder)
+    told = explain(ASKED.name, dispatcher=dispatcher, count=4)
+    assert (told.rule, told.record, told.config) == ("exact", mine, mine.config)
+    assert told.next == [("default", values(), "the template's default")]
+    assert [neighbour.record for neighbour in told.nearest] == [guess, near, far, other]
+    by_device, by_size, too_far, no_kin = told.nearest
+    assert by_device.differences == {"device": (HERE.key, SIBLING.key)}
+    assert by_size.differences == {
+        "batch": (1, 2), "seqlen_q": (1024, 2048), "seqlen_k": (1024, 2048),
+    }  # fmt: skip
+    assert by_size.unusable is None
+    assert too_far.unusable == "it is 20 away; the limit is 6"
+    assert no_kin.differences == {"causal": (True, False)}
+    assert no_kin.unusable == "no kernel fits both problems"
+    assert no_kin.to_dict()["distance"] is None
+    assert builder.sources == []
+    first = told.to_dict()["nearest"][0]
+    assert first["differences"] == {"device": [HERE.key, SIBLING.key]}
+
+
+def test_an_explanation_says_why_templates_refuse(catalog: Catalog) -> None:
+    told = explain("b1s64h1d320f", dispatcher=Dispatcher(HERE, [], catalog, Builder()))
+    assert told.rule == "torch"
+    assert told.refused == {"triton/fwd": "head_dim is at most 256"}
+    assert told.config is None
+    assert told.to_dict()["refused"] == told.refused
+
+
+def test_a_device_that_is_not_here_can_be_asked_about(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ampere = KNOWN_GPUS["sm80"]
+    stored = [record(catalog, ASKED, device=ampere)]
+    monkeypatch.setattr(serving, "stored_records", lambda device: stored)
+    monkeypatch.setattr("autoflash.codegen.catalog.installed", lambda: catalog)
+    assert explain(ASKED, ampere).rule == "exact"

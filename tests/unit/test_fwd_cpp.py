@@ -1,0 +1,272 @@
+"""Is the C++ forward right: against float64, for every shape, layout and instruction set."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from autoflash import build
+from autoflash.build import Kernel
+from autoflash.codegen import catalog
+from autoflash.config import Config
+from autoflash.device import Device, for_arch
+from autoflash.problem import Problem
+
+CPU = for_arch("cpu")
+TEMPLATE = catalog.installed().get("cpp/fwd")
+DTYPES = ("float32", "bfloat16", "float16")
+ATOL = {"float32": 2e-6, "bfloat16": 2e-3, "float16": 3e-4}
+LSE_ATOL = {"float32": 1e-5, "bfloat16": 2e-5, "float16": 1e-5}
+
+AVX2 = ("avx2", "fma", "f16c")
+AVX512 = (*AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
+ISAS = [isa for isa in ((), AVX2, AVX512, (*AVX512, "avx512_bf16")) if set(isa) <= set(CPU.isa)]
+
+
+def built(problem: Problem, device: Device = CPU, **tunables: Any) -> Kernel:
+    config = Config.of(TEMPLATE.name, {**TEMPLATE.default_config(problem, device), **tunables})
+    return build.build(TEMPLATE.render(config, problem, device), device)
+
+
+def of_shape(dtype: str, sq: int, sk: int, d: int, *, causal: bool = False, **more: int) -> Problem:
+    sizes = {"batch": 2, "num_heads": 2, "num_kv_heads": 2, **more}
+    return Problem(dtype=dtype, seqlen_q=sq, seqlen_k=sk, head_dim=d, causal=causal, **sizes)
+
+
+def tensors(problem: Problem, layout: str, seed: int) -> list[torch.Tensor]:
+    """q, k, v and an out full of NaN, contiguous in `layout`."""
+    generator = torch.Generator().manual_seed(seed)
+    p = problem
+
+    def shape(seqlen: int, heads: int, dim: int) -> tuple[int, ...]:
+        return (p.batch, seqlen, heads, dim) if layout == "bshd" else (p.batch, heads, seqlen, dim)
+
+    shapes = [
+        shape(p.seqlen_q, p.num_heads, p.head_dim),
+        shape(p.seqlen_k, p.num_kv_heads, p.head_dim),
+        shape(p.seqlen_k, p.num_kv_heads, p.head_dim_v),
+    ]
+    dtype = getattr(torch, p.dtype)
+    inputs = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    out = torch.full(shape(p.seqlen_q, p.num_heads, p.head_dim_v), math.nan, dtype=dtype)
+    return [*inputs, out]
+
+
+def expected(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of bhsd tensors: out and lse in float64, and out by PyTorch in the tensors' own dtype."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    sq, sk = q.shape[2], k.shape[2]
+    visible = torch.ones(sq, sk, dtype=torch.bool)
+    if causal:
+        visible = visible.tril(sk - sq)
+    scores = (q.double() @ k.double().transpose(-1, -2) * scale).masked_fill(~visible, -math.inf)
+    lse = scores.logsumexp(-1) if sk else torch.full(scores.shape[:3], -math.inf).double()
+    out = torch.exp(scores - lse.clamp(min=-1e300)[..., None]) @ v.double()
+    if not sk:
+        return out, lse, out
+    some = visible.any(-1)  # PyTorch's answer for a row without a key is not ours
+    low = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | ~some[:, None], scale=scale)
+    return out, lse, torch.where(some[:, None], low, 0.0)
+
+
+def check(
+    kernel: Kernel,
+    problem: Problem,
+    given: list[torch.Tensor],
+    layout: str = "bshd",
+    scale: float | None = None,
+    with_lse: bool = True,
+) -> None:
+    p = problem
+    scale = p.head_dim**-0.5 if scale is None else scale
+    lse = torch.full((p.batch, p.num_heads, p.seqlen_q), math.nan) if with_lse else None
+    kernel(*given, lse, scale, layout)
+    q, k, v, out = (x.transpose(1, 2) if layout == "bshd" else x for x in given)
+    want, want_lse, low = expected(q, k, v, p.causal, scale)
+    assert not out.isnan().any(), f"{p.name}: NaN in out"
+    if not out.numel():
+        return
+    error = (out.double() - want).abs().max().item()
+    allowed = 2 * (low.double() - want).abs().max().item() + ATOL[p.dtype]
+    assert error <= allowed, f"{p.name}: error {error:.2e}, allowed {allowed:.2e}"
+    if lse is not None:
+        assert torch.equal(lse.isneginf(), want_lse.isneginf()), f"{p.name}: rows without a key"
+        some = ~want_lse.isneginf()
+        torch.testing.assert_close(
+            lse.double()[some], want_lse[some], atol=LSE_ATOL[p.dtype], rtol=1e-6
+        )
+
+
+HEAD_DIMS = [16, 24, 40, 64, 72, 80, 96, 104, 128, 136, 168, 192, 200, 248, 256]
+
+
+@pytest.mark.parametrize("number", range(len(HEAD_DIMS)), ids=[f"d{d}" for d in HEAD_DIMS])
+def test_head_dims(number: int) -> None:
+    # Each head dim meets one dtype and mask; their neighbours meet the others.
+    dtype, causal = DTYPES[number % 3], number % 2 == 0
+    problem = of_shape(dtype, 113, 203, HEAD_DIMS[number], causal=causal)
+    check(built(problem), problem, tensors(problem, "bshd", number))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "dv"), [("float32", 192, 128), ("bfloat16", 64, 40), ("float16", 24, 88),
+                           ("bfloat16", 17, 33), ("float32", 1, 3)]
+)  # fmt: skip
+def test_value_rows_of_another_length(dtype: str, d: int, dv: int) -> None:
+    problem = of_shape(dtype, 65, 131, d, head_dim_v=dv, causal=True)
+    check(built(problem), problem, tensors(problem, "bshd", 1))
+
+
+SEQLENS = [
+    (1, 1), (1, 3), (3, 1), (1, 257), (31, 32), (33, 64), (64, 33), (64, 128), (127, 131),
+    (131, 127), (239, 1), (108, 256), (384, 256), (257, 1023), (300, 7), (0, 5), (5, 0), (0, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sequence_lengths(dtype: str, causal: bool) -> None:
+    kernel = built(of_shape(dtype, 64, 64, 64, causal=causal))
+    for seed, (sq, sk) in enumerate(SEQLENS):
+        problem = of_shape(dtype, sq, sk, 64, causal=causal)
+        check(kernel, problem, tensors(problem, "bshd", seed))
+
+
+def test_no_batch() -> None:
+    problem = of_shape("float32", 8, 8, 64, batch=0)
+    check(built(problem), problem, tensors(problem, "bshd", 0))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 1), (5, 5)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_grouped_heads(dtype: str, heads: int, kv_heads: int, causal: bool) -> None:
+    for sq, sk in ((1, 70), (37, 53), (53, 37)):
+        problem = of_shape(dtype, sq, sk, 32, causal=causal, num_heads=heads, num_kv_heads=kv_heads)
+        check(built(problem), problem, tensors(problem, "bshd", sq))
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_strides_and_any_base(dtype: str, layout: str) -> None:
+    problem = of_shape(dtype, 45, 61, 40, causal=True, num_heads=4, num_kv_heads=2)
+    views = []
+    for x in tensors(problem, layout, 3):
+        b, m, n, d = x.shape
+        # A slice out of a larger tensor that starts one element off any alignment.
+        room = torch.full((b, m + 2, n + 3, d + 5), math.nan, dtype=x.dtype)
+        view = room[:, 1 : m + 1, 2 : n + 2, 1 : d + 1]
+        view.copy_(x)
+        views.append(view)
+    surroundings = views[3]._base
+    assert surroundings is not None
+    surroundings.fill_(math.nan)
+    check(built(problem), problem, views, layout)
+    written = (~surroundings.isnan()).sum().item()
+    assert written == views[3].numel(), "something was written beside out"
+
+
+def test_a_broadcast_key() -> None:
+    # A stride of 0: one key/value head that PyTorch shows as several.
+    problem = of_shape("bfloat16", 20, 30, 64)
+    q, k, v, out = tensors(problem, "bshd", 4)
+    k, v = (x[:, :, :1].expand(-1, -1, 2, -1) for x in (k, v))
+    check(built(problem), problem, [q, k, v, out])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0.0, -0.2, 1.0, 1e-6])
+def test_softmax_scale(dtype: str, scale: float) -> None:
+    problem = of_shape(dtype, 70, 90, 64, causal=True)
+    check(built(problem), problem, tensors(problem, "bshd", 5), scale=scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_that_grow_along_the_keys(dtype: str) -> None:
+    # The running reference of the softmax must move many times, by little and by much.
+    problem = of_shape(dtype, 33, 600, 64)
+    q, k, v, out = tensors(problem, "bshd", 6)
+    k *= torch.linspace(0, 12, 600).to(k.dtype)[None, :, None, None]
+    check(built(problem), problem, [q, k, v, out])
+
+
+def test_lse_is_optional() -> None:
+    problem = of_shape("float32", 70, 90, 64)
+    check(built(problem), problem, tensors(problem, "bshd", 7), with_lse=False)
+
+
+def test_hidden_keys_and_what_lies_behind_the_tensors_have_no_influence() -> None:
+    problem = of_shape("float32", 40, 50, 64, batch=1)
+    given = tensors(problem, "bshd", 8)
+    longer = [torch.full((1, 200, 2, 64), math.nan) for _ in range(2)]
+    for room, x in zip(longer, given[1:3], strict=True):
+        room[:, :50].copy_(x)
+    check(built(problem), problem, [given[0], longer[0][:, :50], longer[1][:, :50], given[3]])
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=["+".join(isa[-1:]) or "plain" for isa in ISAS])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_instruction_sets(dtype: str, isa: tuple[str, ...]) -> None:
+    device = dataclasses.replace(CPU, isa=isa)
+    problem = of_shape(dtype, 75, 140, 72, causal=True)
+    kernel = built(problem, device)
+    check(kernel, problem, tensors(problem, "bshd", 9))
+    problem = of_shape(dtype, 140, 75, 72, causal=True)  # rows without a key
+    check(kernel, problem, tensors(problem, "bshd", 10))
+
+
+def test_every_value_of_every_tunable() -> None:
+    problem = of_shape("bfloat16", 75, 300, 64, causal=True)
+    given = tensors(problem, "bshd", 11)
+    space = TEMPLATE.space(problem, CPU).configs
+    left = {(name, value) for name, choices in TEMPLATE.tunables.items() for value in choices}
+    left &= {pair for config in space for pair in config.pairs}
+    while left:
+        config = max(space, key=lambda c: len(left & set(c.pairs)))
+        left -= set(config.pairs)
+        given[3].fill_(math.nan)
+        check(built(problem, **config), problem, given)
+
+
+def test_more_heads_than_the_scratch_memory_holds() -> None:
+    # 64 kv heads of 1 MiB each once packed: more than the 64 MiB that are kept, with V.
+    problem = of_shape("float32", 3, 2048, 128, batch=2, num_heads=33, num_kv_heads=33)
+    check(built(problem, prepack=True), problem, tensors(problem, "bshd", 12))
+
+
+def test_calls_at_the_same_time() -> None:
+    problem = of_shape("float32", 200, 300, 64)
+    kernel = built(problem)
+    given = [tensors(problem, "bshd", seed) for seed in range(4)]
+    threads = [threading.Thread(target=kernel, args=(*g, None, 0.1)) for g in given]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    together = [g[3].clone() for g in given]
+    for g, out in zip(given, together, strict=True):
+        kernel(*g, None, 0.1)
+        assert torch.equal(g[3], out)
+
+
+@pytest.mark.parametrize("num_threads", [0, 1, 3, 64])
+def test_the_result_does_not_depend_on_the_number_of_threads(num_threads: int) -> None:
+    from autoflash.codegen import ops
+
+    problem = of_shape("bfloat16", 100, 100, 64, causal=True)
+    kernel = built(problem)
+    given = tensors(problem, "bshd", 13)
+    kernel(*given, None, 0.125)
+    other = torch.full_like(given[3], math.nan)
+    launch = kernel.prepare(ops.fwd_scalars((*given[:3], other)))
+    launch(*(x.data_ptr() for x in (*given[:3], other)), 0, 0.125, num_threads)
+    assert torch.equal(given[3], other)
