@@ -81,7 +81,7 @@ class Record:
         error_ratio: largest error over the error of PyTorch in the same precision.
         resources: build.Resources as a dict.
         source_digest: of the rendered source; equal sources are not measured twice.
-        environment: versions of what took part (tuning.evaluate.environment).
+        environment: versions of what took part (tuning.environment.environment).
         created: UTC, ISO 8601 to the second.
     """
 

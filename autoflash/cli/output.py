@@ -111,6 +111,34 @@ def kernel(config: Config | None) -> str:
     return f"{config.template} ({config})" if config else "PyTorch"
 
 
+def shortened(configs: Sequence[Config | None]) -> tuple[list[str], list[str]]:
+    """The configs of a column, without the values that all those of a template share.
+
+    Returns:
+        A text for each config, and a line for each template with what was left out.
+    """
+    distinct: dict[str, set[Config]] = {}
+    for config in filter(None, configs):
+        distinct.setdefault(config.template, set()).add(config)
+    shared = {
+        template: set.intersection(*(set(config.items()) for config in same))
+        for template, same in distinct.items()
+        if len(same) > 1
+    }
+    texts = [
+        " ".join(f"{k}={v}" for k, v in c.items() if (k, v) not in shared.get(c.template, ()))
+        if c
+        else ""
+        for c in configs
+    ]
+    notes = [
+        f"{template}, all of them: {' '.join(f'{k}={v}' for k, v in sorted(values))}"
+        for template, values in shared.items()
+        if values
+    ]
+    return texts, notes
+
+
 def kib(count: int | None) -> str:
     """Bytes as KiB."""
     return "" if count is None else f"{count / 1024:.0f} KiB"

@@ -10,6 +10,7 @@ from autoflash.cli.output import (
     ratio,
     remark,
     say,
+    shortened,
     table,
     tflops,
     us,
@@ -83,7 +84,8 @@ def installed_digests() -> dict[str, str]:
 
 def _tuned(results: Sequence[TuneResult], device: Device) -> None:
     rows = []
-    for result in results:
+    configs, notes = shortened([result.best.config if result.best else None for result in results])
+    for result, config in zip(results, configs, strict=True):
         best = result.best
         rows.append(
             (
@@ -95,12 +97,14 @@ def _tuned(results: Sequence[TuneResult], device: Device) -> None:
                 versus_torch(best) if best else "",
                 result.status,
                 result.trials,
-                str(best.config) if best else result.reason,
+                config if best else result.reason,
             )
         )
     columns = ("shape", "winner", ">us", ">tflops", ">vs default", ">vs PyTorch", "status",
                ">trials", "config")  # fmt: skip
     table(f"Tuned on {device.name} ({device.arch})", columns, rows)
+    for note in notes:
+        say(note)
 
 
 def _remarks(results: Iterable[TuneResult]) -> None:
@@ -114,6 +118,8 @@ def _remarks(results: Iterable[TuneResult]) -> None:
 
 def _predicted(ranked: Mapping[Problem, Sequence[Record]], device: Device) -> None:
     rows = []
+    texts, notes = shortened([record.config for records in ranked.values() for record in records])
+    configs = iter(texts)
     for problem, records in ranked.items():
         for rank, record in enumerate(records, 1):
             used = record.resources
@@ -127,12 +133,14 @@ def _predicted(ranked: Mapping[Problem, Sequence[Record]], device: Device) -> No
                     kib(used.get("smem_bytes")),
                     used.get("spill_bytes"),
                     _occupancy(record),
-                    str(record.config),
+                    next(configs),
                 )
             )
     columns = ("shape", ">rank", "template", ">predicted us", ">registers", ">smem",
                ">spills", ">occupancy", "config")  # fmt: skip
     table(f"Predicted for {device.name} ({device.arch}), which is not here", columns, rows)
+    for note in notes:
+        say(note)
     say("Compiled and ranked by a static model, not measured; a measurement replaces them.")
 
 

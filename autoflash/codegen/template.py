@@ -40,6 +40,7 @@ _KEYS = {
     "source": str,
     "op": str,
     "accepts": dict,
+    "facts": dict,
     "tunables": dict,
     "default": dict,
     "seeds": list,
@@ -103,14 +104,16 @@ class Template:
         source: the paper section or file whose idea it follows.
         op: which argument list it implements (codegen/ops.py).
         accepts: what a problem and device must satisfy: message -> expression.
+        facts: name -> expression of problem and device; each may use those above it.
         tunables: name -> choices.
-        default: name -> value, or an expression of problem and device.
+        default: name -> value, or an expression of facts, problem and device.
         seeds: configs worth trying first; missing names take the default.
-        derived: name -> expression; each may use those above it.
-        constraints: message -> expression over tunables, derived, problem and device.
+        derived: name -> expression of tunables, facts, problem and device; each may use those
+            above it.
+        constraints: message -> expression of all those.
         options: what the compiler is told: name -> expression.
         digest: sha256 of all that decides what a config renders to: the body, its shared parts,
-            `derived` and `options`. A record holds only while it stands; widening the space or
+            `facts`, `derived` and `options`. A record holds only while it stands; widening the space or
             adding a seed retires nothing.
     """
 
@@ -121,6 +124,7 @@ class Template:
     source: str
     op: str
     accepts: Mapping[str, str]
+    facts: Mapping[str, str]
     tunables: Mapping[str, tuple[Value, ...]]
     default: Mapping[str, Value]
     seeds: tuple[Mapping[str, Value], ...]
@@ -140,7 +144,7 @@ class Template:
         """Why this template cannot serve `problem` on `device`; None if it can."""
         if problem.op != self.op:
             return f"op is {self.op}"
-        scope = {"problem": problem, "device": device}
+        scope = self._facts(problem, device)
         for message, expression in self.accepts.items():
             if not self._evaluate(expression, scope, f'accepts "{message}"'):
                 return message
@@ -156,7 +160,7 @@ class Template:
         return [c for c in dict.fromkeys(wanted) if self.broken(c, problem, device) is None]
 
     def _complete(self, values: Mapping[str, Value], problem: Problem, device: Device) -> Config:
-        scope = {"problem": problem, "device": device}
+        scope = self._facts(problem, device)
         chosen: dict[str, Value] = {}
         for name, choices in self.tunables.items():
             value = values.get(name, self.default[name])
@@ -258,12 +262,21 @@ class Template:
     ) -> dict[str, Any]:
         """All names of an expression; `known` keeps values for other configs of one problem."""
         known = {} if known is None else known
-        scope: dict[str, Any] = {**dict(config.pairs), "problem": problem, "device": device}
+        if "facts" not in known:
+            known["facts"] = self._facts(problem, device)
+        scope: dict[str, Any] = {**dict(config.pairs), **known["facts"]}
         for name, expression in self.derived.items():
             key = (name, *[scope[tunable] for tunable in self._depends[expression]])
             if key not in known:
                 known[key] = self._evaluate(expression, scope, f"derived {name}")
             scope[name] = known[key]
+        return scope
+
+    def _facts(self, problem: Problem, device: Device) -> dict[str, Any]:
+        """The names that need no config: problem, device and the declared facts."""
+        scope: dict[str, Any] = {"problem": problem, "device": device}
+        for name, expression in self.facts.items():
+            scope[name] = self._evaluate(expression, scope, f"fact {name}")
         return scope
 
     @cached_property
@@ -315,6 +328,7 @@ class Template:
         """Every (what it is, expression) of the declaration."""
         for kind, table in (
             ("accepts", self.accepts),
+            ("fact", self.facts),
             ("derived", self.derived),
             ("constraint", self.constraints),
             ("option", self.options),
@@ -360,6 +374,7 @@ def load(path: Path, root: Path, env: jinja2.Environment) -> Template:
         source=declaration["source"],
         op=declaration["op"],
         accepts=declaration["accepts"],
+        facts=declaration.get("facts", {}),
         tunables=tunables,
         default=declaration["default"],
         seeds=tuple(declaration.get("seeds", ())),
@@ -423,13 +438,15 @@ def _check(template: Template, text: str, first_line: int) -> None:
         if not isinstance(value, str) and value not in choices:
             message = f"default {name}={value!r} is not one of {list(choices)}"
             raise TemplateError(path, _line_of(path, f"{name} = {value}"), message)
-    known = _NAMES | set(template.tunables) | set(template.derived)
+    given = _NAMES | set(template.facts)
+    every = given | set(template.tunables) | set(template.derived)
     used: set[str] = set()
     for what, expression in template.expressions():
         template._compiled(expression, what)
         names = jinja2.meta.find_undeclared_variables(
             template._environment.parse("{{ " + expression + " }}")
         )
+        known = given if what.startswith(("accepts", "fact", "default")) else every
         if unknown := names - known:
             message = f"{what}: {UnknownName.of('name', min(unknown), known)}"
             raise TemplateError(path, _line_of(path, expression), message)
@@ -474,7 +491,7 @@ def _files(file: str, env: jinja2.Environment) -> list[str]:
 
 def _digest(file: str, declaration: Mapping[str, Any], env: jinja2.Environment) -> str:
     assert env.loader is not None
-    tables = [declaration.get(name, {}) for name in ("derived", "options")]
+    tables = [declaration.get(name, {}) for name in ("facts", "derived", "options")]
     digest = hashlib.sha256(json.dumps(tables, sort_keys=True).encode())
     for name in _files(file, env):
         text, _, _ = env.loader.get_source(env, name)

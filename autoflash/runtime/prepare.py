@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,7 +35,9 @@ def kernel_call(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, layout: str) ->
     strides = made.stride()
     batch, seqlen_q, num_heads = q.shape[b], q.shape[s], q.shape[h]
     lse_shape, lse_strides = (batch, num_heads, seqlen_q), (num_heads * seqlen_q, seqlen_q, 1)
-    launch = kernel.prepare(ops.fwd_scalars((q, k, v, made), layout))
+    on_device = torch.cuda.device(q.device.index) if q.is_cuda else nullcontext()
+    with on_device:  # grids and scratch memory depend on it
+        launch = kernel.prepare(ops.fwd_scalars((q, k, v, made), layout))
     default_scale = request.default_scale(q.shape[3])
     last = _last_word(q.device)
     # Of all ways to make a tensor, empty_strided from tuples takes least (1.0 us; empty and
@@ -63,7 +66,7 @@ def kernel_call(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, layout: str) ->
         launch(*addresses, scale, last())
         return out, lse
 
-    if q.device.type == "cpu" or torch.cuda.device_count() == 1:
+    if not q.is_cuda or torch.cuda.device_count() == 1:
         return run
     return _on_device(run, q.device.index)
 

@@ -48,7 +48,7 @@ EFFORTS = {
         Effort(name="quick", trials=24, seconds=8.0, timing_ms=30.0, finalists=2, rounds=5,
                finals_ms=60.0, compiles=24, compile_seconds=12.0),
         Effort(name="normal", trials=150, seconds=120.0, timing_ms=50.0, finalists=4, rounds=9,
-               finals_ms=150.0, compiles=400, compile_seconds=32.0),
+               finals_ms=150.0, compiles=400, compile_seconds=36.0),
         Effort(name="full", trials=2000, seconds=None, timing_ms=100.0, finalists=8, rounds=15,
                finals_ms=400.0, compiles=100_000, compile_seconds=None, compile_timeout_s=300.0),
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -87,13 +88,40 @@ def check(kernel: Kernel, problem: Problem, device: Device, *, seed: int = 0) ->
         The first thing that is wrong, naming template, problem, index and both values; else the
         verdict on the problem itself.
     """
-    for stress in stress_cases(problem):
-        case = _intact(_make_small, stress, device, seed)
-        verdict = _check(kernel, case, lse=stress.lse, twice=False)
-        if not verdict.ok:
-            return verdict
-    case = _intact(_make_last, Stress(problem), device, seed)
-    return _check(kernel, case, lse=True, twice=True)
+    with _one_thread() as as_before:
+        for stress in stress_cases(problem):
+            case = _intact(_make_small, stress, device, seed)
+            verdict = _check(kernel, case, as_before, lse=stress.lse, twice=False)
+            if not verdict.ok:
+                return verdict
+        case = _intact(_make_last, Stress(problem), device, seed)
+        return _check(kernel, case, as_before, lse=True, twice=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Check with one thread; gives a context in which there are as many as before, for kernels.
+
+    Checking is hundreds of small operations. With compilers running beside it, each of them may
+    wait a time slice for a second thread that was preempted: seconds for what takes 0.1 s.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+
+    @contextmanager
+    def as_before() -> Iterator[None]:
+        torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(1)
+
+    torch.set_num_threads(1)
+    try:
+        yield as_before
+    finally:
+        torch.set_num_threads(threads)
 
 
 def forget() -> None:
@@ -125,14 +153,22 @@ def _intact(
     return case
 
 
-def _check(kernel: Kernel, case: Case, *, lse: bool, twice: bool) -> Check:
+def _check(
+    kernel: Kernel,
+    case: Case,
+    as_before: Callable[[], AbstractContextManager[None]],
+    *,
+    lse: bool,
+    twice: bool,
+) -> Check:
     inputs = case.inputs
     before = inputs.fingerprint()
 
     def run() -> str | None:
         inputs.poison()
-        asked = inputs.lse if lse else None
-        kernel(inputs.q, inputs.k, inputs.v, inputs.out, asked, inputs.softmax_scale, inputs.layout)
+        tensors = (inputs.q, inputs.k, inputs.v, inputs.out, inputs.lse if lse else None)
+        with as_before():
+            kernel(*tensors, inputs.softmax_scale, inputs.layout)
         return inputs.damage(lse=lse)
 
     verdict = Check(False, reason=run() or "")

@@ -100,6 +100,9 @@ class Trials:
         self._evaluate_s = 0.5 + _CALLS * call_s(problem, run.device)  # a moving average
         for record in run.stored(problem):
             self._keep(record)
+        # A default that is new to a full budget is tried beyond it: without one nobody can win.
+        new = [config for config in self.defaults if config not in self.records]
+        self.limit = max(self.limit, len(self.records) + len(new) if new else 0)
 
     @property
     def best(self) -> Record | None:
@@ -160,7 +163,7 @@ class Trials:
         under_way = len(self._compiling) + len(self._ready) + bool(self._running)
         if self._closed or under_way >= self._batch:
             return False
-        if len(self.records) + under_way >= self.limit and not self._lacks_default():
+        if len(self.records) + under_way >= self.limit:
             return False
         return not self._out_of_time()
 

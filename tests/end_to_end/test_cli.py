@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 SHAPE = "b1s192h2d32c-float32"
 ROOT = Path(__file__).parents[2]
@@ -102,6 +103,22 @@ def test_bench_sets_it_beside_its_peers(
     assert rows["autoflash"]["latency_us"] > 0
     assert rows["autoflash"]["tflops"] > 0
     assert report["environment"]
+
+
+@pytest.mark.compile
+def test_an_absent_gpu_is_compiled_for_and_ranked(environment: dict[str, str]) -> None:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (8, 0):
+        pytest.skip("there is an sm80 device here, so nothing is predicted for one")
+    shape = "b1s1024h8d64c-bfloat16"
+    done = run(environment, "tune", "--arch", "sm80", "--shape", shape, "--trials", "2", "--json")
+    [result] = json.loads(done.stdout)["results"]
+    assert result["status"] == "predicted"
+    times = [each["predicted_us"] for each in result["ranked"]]
+    assert times
+    assert times == sorted(times)
+    assert all(each["resources"]["registers"] > 0 for each in result["ranked"])
+    [best] = json.loads(run(environment, "show", "--arch", "sm80", "--json").stdout)
+    assert best["record"]["outcome"] == "predicted"
 
 
 def test_ctrl_c_keeps_what_was_found(environment: dict[str, str]) -> None:

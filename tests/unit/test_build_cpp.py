@@ -152,7 +152,7 @@ def test_a_compile_error_gives_its_first_line(cache_dir: Path) -> None:
     with pytest.raises(CompileError) as caught:
         build.compile_source(source("return no_such_name; and_another;"), CPU)
     assert "kernel.cpp:3" in str(caught.value)
-    assert "‘no_such_name’" in str(caught.value) or "'no_such_name'" in str(caught.value)
+    assert "no_such_name" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "and_another" in caught.value.log
     assert not list(cache_dir.glob("kernels/*/*/kernel.cpp")), "a failed build was published"

@@ -14,6 +14,7 @@ import pytest
 from autoflash import cli, settings
 from autoflash.cli import output, results
 from autoflash.codegen import catalog
+from autoflash.config import Config
 from autoflash.database import Database
 from autoflash.device import KNOWN_GPUS, Device, for_arch
 from autoflash.problem import Problem
@@ -264,7 +265,7 @@ def test_an_absent_device_gets_a_ranking(run: Run, tuned: dict[str, Any]) -> Non
     code, out, _ = run("tune", "--arch", "sm80", "--shape", PROBLEM.name)
     assert code == 0
     assert "which is not here" in out
-    first, second = (line.split() for line in out.splitlines() if "cpp/fwd" in line)
+    first, second = (line.split() for line in out.splitlines() if "cpp/fwd  " in line)
     assert first[:7] == [PROBLEM.name, "1", "cpp/fwd", "10", "128", "64", "KiB"]
     assert second[0] == "2"
     assert "(shared memory)" in out
@@ -407,6 +408,14 @@ def test_a_plain_table_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines() == [
         "Title", "name      us", "------  ----", "a          5", "longer", "b       1234"
     ]  # fmt: skip
+
+
+def test_values_that_all_configs_share_are_said_once() -> None:
+    one, two = (Config.of("t", {"block_m": m, "num_warps": 4}) for m in (64, 128))
+    assert output.shortened([one, None, two, one]) == (
+        ["block_m=64", "", "block_m=128", "block_m=64"], ["t, all of them: num_warps=4"]
+    )  # fmt: skip
+    assert output.shortened([one, one]) == (["block_m=64 num_warps=4"] * 2, [])
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,17 @@ def test_default_may_be_an_expression(tmp_path: Path) -> None:
     ]
 
 
+def test_facts_are_names_for_what_no_tunable_decides(tmp_path: Path) -> None:
+    text = GOOD.replace("[tunables]", '[facts]\nwide = "problem.head_dim > 128"\n\n[tunables]')
+    text = text.replace('"64 if problem.head_dim > 128 else 128"', '"64 if wide else 128"')
+    text = text.replace('"smem_bytes <= 40000"', '"wide or smem_bytes <= 40000"')
+    template = template_of(tmp_path, text)
+    wide = Problem.parse("b1s1024h8d256f")
+    assert template.default_config(PROBLEM, SM80)["block_m"] == 128
+    assert template.default_config(wide, SM80)["block_m"] == 64
+    assert len(template.space(wide, SM80)) == 6 > len(template.space(PROBLEM, SM80))
+
+
 def test_render_binds_constants_and_the_argument_list(tmp_path: Path) -> None:
     template = template_of(tmp_path, GOOD)
     source = template.render(template.default_config(PROBLEM, SM80), PROBLEM, SM80)
@@ -142,6 +153,7 @@ def test_digest_follows_the_body_and_its_parts_but_not_the_declaration(tmp_path:
         ('summary = "A test."\n', "", 2, "lacks 'summary'"),
         ("{{ block_n }}", "0", 11, "tunable block_n is used nowhere"),
         ("{{ block_m }}", "{{ block_m ", 27, "end of print statement"),
+        ("[tunables]", '[facts]\nwide = "block_m > 1"\n\n[tunables]', 10, "unknown name 'block_m'"),
         ("[[seeds]]\nblock_m", "[[seeds]]\nblock_mm", 18, "seed 1: unknown tunable 'block_mm'"),
     ],
 )

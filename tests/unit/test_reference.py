@@ -402,3 +402,23 @@ def test_inputs_follow_the_seed(cpu: Device) -> None:
 def test_an_output_of_another_shape_is_refused(cpu: Device) -> None:
     case = expected.make_case(Problem.parse("b1s64h2d16f"), cpu)
     assert "shape" in case.compare(torch.zeros(1, 64, 2, 8)).reason
+
+
+def test_kernels_run_with_the_threads_there_were(cpu: Device) -> None:
+    seen: list[int] = []
+
+    def look(out: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return out
+
+    torch.set_num_threads(2)
+    assert reference.check(PythonKernel(out=look), Problem.parse("b1s64h2d16f-float32"), cpu).ok
+    assert set(seen) == {2}
+    assert torch.get_num_threads() == 2
+
+    def fail(out: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("it broke")
+
+    with pytest.raises(RuntimeError, match="it broke"):
+        reference.check(PythonKernel(out=fail), Problem.parse("b1s64h2d16f-float32"), cpu)
+    assert torch.get_num_threads() == 2

@@ -1,0 +1,130 @@
+"""The static model: occupancy by the book, and an order of configs that makes sense."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from autoflash.build.kernel import Resources
+from autoflash.config import Config, Value
+from autoflash.device import KNOWN_GPUS, Device
+from autoflash.problem import Problem
+from autoflash.tuning.predict import occupancy, over_resources, predict, spills_heavily
+
+A100, H100, RTX = KNOWN_GPUS["sm80"], KNOWN_GPUS["sm90"], KNOWN_GPUS["sm89"]
+PROBLEM = Problem.parse("b4s4096h16/16d128c-bfloat16")
+
+
+def resources(**values: int) -> Resources:
+    base = {"registers": 168, "spill_bytes": 0, "smem_bytes": 64 << 10, "num_threads": 256}
+    return Resources(compile_s=1.0, binary_bytes=1000, **{**base, **values})
+
+
+def estimate(
+    problem: Problem = PROBLEM,
+    gpu: Device = A100,
+    found: Resources | None = None,
+    **tunables: Value,
+) -> float:
+    base = {"block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 2}
+    config = Config.of("triton/fwd", {**base, **tunables})
+    return predict(problem, config, gpu, {}, found or resources())
+
+
+@pytest.mark.parametrize(
+    ("gpu", "registers", "smem_kib", "threads", "blocks", "limit"),
+    [
+        (A100, 128, 16, 128, 4, "registers"),
+        (A100, 255, 16, 256, 1, "registers"),
+        (A100, 32, 80, 128, 2, "shared memory"),
+        (A100, 16, 0, 1024, 2, "threads"),
+        (A100, 16, 0, 32, 32, "blocks"),
+        (RTX, 32, 0, 1024, 1, "threads"),
+        (H100, 168, 100, 384, 1, "registers"),
+    ],
+)
+def test_occupancy_is_what_the_calculator_says(
+    gpu: Device, registers: int, smem_kib: int, threads: int, blocks: int, limit: str
+) -> None:
+    found = occupancy(gpu, registers=registers, smem_bytes=smem_kib << 10, num_threads=threads)
+    assert (found.blocks, found.limit) == (blocks, limit)
+    assert found.warps == blocks * threads // 32
+
+
+def test_what_fits_nowhere_is_infinite() -> None:
+    assert math.isinf(estimate(found=resources(smem_bytes=200 << 10)))
+    assert math.isinf(estimate(found=resources(registers=255, num_threads=512)))
+
+
+@pytest.mark.parametrize("gpu", KNOWN_GPUS.values(), ids=KNOWN_GPUS.keys())
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_no_prediction_beats_the_roofline(gpu: Device, head_dim: int) -> None:
+    problem = dataclasses.replace(PROBLEM, head_dim=head_dim, head_dim_v=head_dim)
+    roofline_us = max(
+        problem.flops / gpu.tflops_peak(problem.dtype) / 1e6,
+        problem.bytes / gpu.memory_gbps / 1e3,
+    )
+    found = estimate(problem, gpu)
+    assert roofline_us < found < 20 * roofline_us
+
+
+def test_more_work_takes_longer() -> None:
+    full = dataclasses.replace(PROBLEM, causal=False)
+    longer = dataclasses.replace(PROBLEM, seqlen_q=8192, seqlen_k=8192)
+    wider = dataclasses.replace(PROBLEM, num_heads=32, num_kv_heads=32)
+    assert estimate() < estimate(full) < 2.5 * estimate()
+    assert estimate() * 3 < estimate(longer)
+    assert estimate() * 1.7 < estimate(wider)
+
+
+def test_what_slows_a_kernel_down_is_seen() -> None:
+    best = estimate()
+    assert best < estimate(found=resources(spill_bytes=400))
+    assert best < estimate(block_m=16, num_warps=4, found=resources(num_threads=128))
+    assert best < estimate(num_stages=1)
+    # Two thread blocks on a multiprocessor hide each other's softmax.
+    assert estimate(found=resources(registers=128)) < best
+
+
+def test_a_tail_costs_a_wave() -> None:
+    # 108 multiprocessors: 108 tiles are one round, 109 are two.
+    base = dataclasses.replace(PROBLEM, causal=False, batch=1, seqlen_q=128)
+    one = dataclasses.replace(base, num_heads=108, num_kv_heads=108)
+    more = dataclasses.replace(base, num_heads=109, num_kv_heads=109)
+    lone = resources(registers=255)
+    assert estimate(more, found=lone) > 1.7 * estimate(one, found=lone)
+
+
+def test_decoding_is_bound_by_memory() -> None:
+    decode = Problem.parse("b64s1x8192h32/32d128f-bfloat16")
+    found = estimate(decode, H100, block_m=16, num_warps=4)
+    assert found >= decode.bytes / H100.memory_gbps / 1e3
+
+
+def test_without_a_compiler_registers_are_estimated() -> None:
+    configs = {
+        (m, n, w): Config.of("triton/fwd", {"block_m": m, "block_n": n, "num_warps": w})
+        for m in (16, 64, 128)
+        for n in (32, 64, 128)
+        for w in (4, 8)
+    }
+    times = {k: predict(PROBLEM, config, A100, {}, None) for k, config in configs.items()}
+    ranked = sorted(times, key=lambda key: times[key])
+    assert all(m >= 64 for m, _, _ in ranked[:5])
+    assert ranked[-1][0] == 16
+
+
+def test_limits_of_the_device_are_not_a_matter_of_taste() -> None:
+    assert (
+        over_resources({"smem_bytes": 163 << 10, "registers": 255, "num_threads": 256}, A100)
+        is None
+    )
+    assert "166913" in (over_resources({"smem_bytes": (163 << 10) + 1}, A100) or "")
+    assert "255 registers" in (over_resources({"registers": 255, "num_threads": 512}, A100) or "")
+    assert spills_heavily({"spill_bytes": 16}, A100) is None
+    assert "4000 bytes" in (spills_heavily({"spill_bytes": 4000}, A100) or "")
+    cpu = Device(name="cpu", arch="cpu", num_sms=2)
+    assert over_resources({"smem_bytes": None, "registers": None}, cpu) is None
+    assert spills_heavily({"spill_bytes": None}, cpu) is None
