@@ -220,8 +220,8 @@ def _import(path: Path, name: str) -> types.ModuleType:
 
 
 _ERROR_LINES = (
-    r"ptxas (?:fatal|error)\s*:\s*(?P<what>.+)",
     r"ptxas .*?; error\s*:\s*(?P<what>.+)",
+    r"ptxas (?:fatal|error)\s*:\s*(?P<what>.+)",
     r"(?P<what>triton\.runtime\.errors\.\w+: .+)",
     r"(?<!\w)error: (?P<what>.+)",
     r"(?P<what>LLVM ERROR: .+)",

@@ -31,7 +31,7 @@ def environment(device: Device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "device": device.name,
-        "os": platform.platform(),
+        "os": f"{platform.system()} {platform.machine()}",
     }
     if device.is_cuda:
         facts["cuda"] = torch.version.cuda

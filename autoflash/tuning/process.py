@@ -22,6 +22,7 @@ START_S = 120.0
 """Added to the first deadline of a process: importing torch from a cold disk takes minutes."""
 STDERR_TAIL_BYTES = 4096
 _STDERR_LIMIT_BYTES = 4 << 20
+_DYING_S = 20.0
 
 
 class Process:
@@ -114,7 +115,9 @@ class Process:
         if process is None:
             return
         kill_session(process.pid)
-        process.wait()
+        # A driver that is stuck keeps even a killed process: then leave it, and go on.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_DYING_S)
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):

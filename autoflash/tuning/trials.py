@@ -94,6 +94,7 @@ class Trials:
         self._by_source: dict[str, Record] = {}
         self._greeting = 0  # canaries tried in a row on fresh workers
         self._suspect = False  # the last candidate took its worker down
+        self._warm = False  # the worker has run a candidate of this problem and lives
         self._proposed = 0
         self._closed = False  # nothing more is asked for
         self._blocked: dict[str, AutoflashError] = {}  # template -> why it cannot be built here
@@ -242,6 +243,8 @@ class Trials:
             "best_us": self.best_us,
         }
         timeout_s = evaluate_timeout_s(run.effort, self.problem, run.device)
+        if self._warm:
+            timeout_s /= 3  # the inputs and what is expected of them are there already
         run.workers.submit("device", self._running.source.digest, request, timeout_s)
 
     def _handle(self, finished: Finished) -> None:
@@ -292,6 +295,7 @@ class Trials:
 
     def _evaluated(self, candidate: _Candidate, reply: Mapping[str, Any]) -> None:
         self._suspect = reply["outcome"] in ("timeout", "crash") or bool(reply.get("exiting"))
+        self._warm = reply["outcome"] in (*_TIMED, "wrong_result")
         measurement = reply.get("measurement")
         self._finish(
             self._run.record(

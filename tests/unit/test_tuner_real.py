@@ -26,7 +26,7 @@ FAULTY = Path(__file__).parents[1] / "data" / "faulty"
 CATALOG = Catalog.load(FAULTY)
 PROBLEM = Problem.parse("b1s48h2/2d16c-float32")
 EFFORT = dataclasses.replace(
-    EFFORTS["quick"], seconds=None, evaluate_timeout_s=3.0, timing_ms=5.0, finals_ms=5.0
+    EFFORTS["quick"], seconds=None, evaluate_timeout_s=9.0, timing_ms=5.0, finals_ms=5.0
 )
 
 
