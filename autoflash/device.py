@@ -190,7 +190,10 @@ def _gpu_at(index: int) -> Device:
         name=props.name,
         arch=arch,
         num_sms=props.multi_processor_count,
-        smem_bytes_per_block=props.shared_memory_per_block_optin,
+        # PyTorch's own type information lacks this one.
+        smem_bytes_per_block=getattr(
+            props, "shared_memory_per_block_optin", like.smem_bytes_per_block
+        ),
         smem_bytes_per_sm=props.shared_memory_per_multiprocessor,
         registers_per_sm=like.registers_per_sm,  # 65536 on every arch since Maxwell
         threads_per_sm=props.max_threads_per_multi_processor,

@@ -34,10 +34,14 @@ def main(path: Path) -> None:
         listed = " | ".join(tflops(cells.get(name)) for name in providers)
         print(f"| {problem} | {listed} | {best['speedup']:.2f}x {best['provider']} |")
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    print(f"\nGeometric mean over the best peer of each row: {mean:.2f}x; worst {min(ratios):.2f}x.")
+    print(
+        f"\nGeometric mean over the best peer of each row: {mean:.2f}x; worst {min(ratios):.2f}x."
+    )
     facts = report["environment"]
-    versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton") if facts.get(name))
-    print(f"{report['device']['name']}, {report['date'][:10]}, {versions}; policy {report['policy']}.")
+    known = [name for name in ("torch", "triton", "cudnn", "flash-attn-4") if facts.get(name)]
+    versions = ", ".join(f"{name} {facts[name]}" for name in known)
+    device, date = report["device"]["name"], report["date"][:10]
+    print(f"{device}, {date}, {versions}; policy {report['policy']}.")
 
 
 def report_is_cpu(report: dict[str, Any]) -> bool:

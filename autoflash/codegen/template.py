@@ -113,8 +113,8 @@ class Template:
         constraints: message -> expression of all those.
         options: what the compiler is told: name -> expression.
         digest: sha256 of all that decides what a config renders to: the body, its shared parts,
-            `facts`, `derived` and `options`. A record holds only while it stands; widening the space or
-            adding a seed retires nothing.
+            `facts`, `derived` and `options`. A record holds only while it stands; widening the
+            space or adding a seed retires nothing.
     """
 
     name: str
