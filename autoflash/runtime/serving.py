@@ -31,7 +31,8 @@ MOST_CALLS = 4096
 """Prepared calls kept (about 1 KiB each). Decoding makes a new key with every token; when they are
 too many all are dropped, and each that comes again costs one prepare: no build, no database."""
 
-_calls: dict[Any, Run] = {}
+prepared: dict[Any, Run] = {}
+"""Key of a call (see `call`) -> what to run; runtime.attention looks into it itself."""
 _dispatchers: dict[tuple[str, int], Dispatcher] = {}
 _lock = threading.RLock()
 
@@ -53,12 +54,17 @@ def call(
         return _unusual_scale(q, k, v, causal, softmax_scale, return_lse, layout)
     try:
         q_address, k_address, v_address = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        # As in attention(), to the letter: there a call finds what was prepared here. The strides
+        # of a contiguous tensor follow from its shape, and asking is quicker than reading them.
         key = (
-            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
+            q.shape, k.shape, v.shape,
+            q.is_contiguous() or q.stride(),
+            k.is_contiguous() or k.stride(),
+            v.is_contiguous() or v.stride(),
             q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
             causal, layout, (q_address | k_address | v_address) & 15,
         )  # fmt: skip
-        run = _calls.get(key)
+        run = prepared.get(key)
     except (AttributeError, RuntimeError, TypeError):  # no tensor; no storage; unhashable layout
         return _without_storage(q, k, v, causal, softmax_scale, return_lse, layout)
     if run is None:
@@ -100,14 +106,14 @@ def reload() -> None:
     with _lock:
         for each in _dispatchers.values():
             each.reload()
-        _calls.clear()
+        prepared.clear()
 
 
 def reset() -> None:
     """Forget everything, warnings included: for tests."""
     with _lock:
         _dispatchers.clear()
-        _calls.clear()
+        prepared.clear()
         warn.forget()
 
 
@@ -115,7 +121,7 @@ def use(device_type: str, index: int, chosen: Dispatcher) -> None:
     """Serve a device by a given dispatcher until `reset`: for tests and tools."""
     with _lock:
         _dispatchers[device_type, index] = chosen
-        _calls.clear()
+        prepared.clear()
 
 
 # The first call of a kind ---------------------------------------------------------------------
@@ -143,9 +149,9 @@ def _first(
     def finish(run: Run, keep: bool = True) -> Result:
         result = run(q, k, v, *addresses, softmax_scale, return_lse)
         if keep:
-            if len(_calls) >= MOST_CALLS:
-                _calls.clear()
-            _calls[key] = run
+            if len(prepared) >= MOST_CALLS:
+                prepared.clear()
+            prepared[key] = run
         return result
 
     _, s, _ = ops.LAYOUT_AXES[layout]

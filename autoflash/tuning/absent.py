@@ -64,9 +64,9 @@ class Predictions:
 
     @property
     def best(self) -> Record | None:
-        """The record with the least predicted time."""
+        """The record with the least predicted time; among equals that with least shared memory."""
         found = [r for r in self.records.values() if r.outcome == "predicted"]
-        return min(found, key=lambda r: (r.predicted_us or 0.0, r.config.key), default=None)
+        return min(found, key=_merit, default=None)
 
     def compile(self, left_s: Callable[[], float]) -> None:
         """Compile the candidates in order until they or the time are exhausted.
@@ -163,3 +163,8 @@ class Predictions:
             self.outcomes[old.outcome] -= 1
         self.records[record.config] = record
         self.outcomes[record.outcome] += 1
+
+
+def _merit(record: Record) -> tuple[float, int, str]:
+    smem_bytes = record.resources.get("smem_bytes") or 0
+    return record.predicted_us or 0.0, smem_bytes, record.config.key

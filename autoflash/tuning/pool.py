@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import select
+import shutil
+import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -61,9 +63,11 @@ class Pool:
     """Workers as child processes, started when they are first needed."""
 
     def __init__(self, *, jobs: int, cache_dir: Path, visible: str | None) -> None:
-        # Compilers see no GPU: they must not hold memory on it, and need none.
-        compilers = process.environment(cache_dir=cache_dir, visible="")
-        runner = process.environment(cache_dir=cache_dir, visible=visible)
+        # Compilers that are killed leave their temporary files: here, where `close` finds them.
+        self._scratch = Path(tempfile.mkdtemp(prefix="autoflash-tune-"))
+        # They see no GPU: they must not hold memory on it, and need none.
+        compilers = process.environment(cache_dir=cache_dir, visible="", scratch=self._scratch)
+        runner = process.environment(cache_dir=cache_dir, visible=visible, scratch=self._scratch)
         self._processes = {
             "compile": [Process("compile", compilers) for _ in range(jobs)],
             "device": [Process("device", runner)],
@@ -110,10 +114,11 @@ class Pool:
         return keys
 
     def close(self) -> None:
-        """End every process."""
+        """End every process and remove what they left."""
         for workers in self._processes.values():
             for worker in workers:
                 worker.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
         self._out.clear()
         for queue in self._queues.values():
             queue.clear()

@@ -24,7 +24,8 @@ _SMEM_BYTES_PER_CLOCK = 128
 _L2_BYTES_PER_CLOCK = 30  # per SM; 7.1 TB/s measured on an H200 with tiles of 16 and 64 rows
 _MATRIX_SHARE = 0.75  # of the peak, under the power limit: what cuBLAS reaches on an H200
 _LOAD_LATENCY_CLOCKS = 700  # a global load that hits L2, issue to use
-_VECTOR_OPS = 7  # per score: scale, max, subtract, sum, convert and their share of the rescaling
+_VECTOR_OPS = 7  # per score: scale, max, subtract, sum, convert and what addresses cost
+_REDUCTION_OPS = 32
 _BLOCKS_PER_SM = 32
 _SMEM_RESERVED = 1024  # the driver's own, per block, on sm80 and up
 
@@ -202,7 +203,9 @@ def _clocks_per_key(problem: Problem, tile: _Tile, device: Device, blocks: int) 
     peak = device.tflops_peak(problem.dtype) * 1e3 / (device.num_sms * device.clock_ghz)
     matrix = 2 * tile.block_m * tile.head_dims / (peak * _matrix_share(tile, device))
     lanes = 64 if device.capability == 80 else 128
-    vector = tile.block_m * (_VECTOR_OPS + tile.head_dims / 2 / tile.block_n) / lanes
+    # Once per block of keys and row: the output is rescaled, two reductions cross four lanes.
+    per_block = (tile.head_dims / 2 + _REDUCTION_OPS) / tile.block_n
+    vector = tile.block_m * (_VECTOR_OPS + per_block) / lanes
     exponentials = tile.block_m / _EXP_PER_CLOCK
     row_bytes = tile.head_dims * problem.element_size
     # mma.sync: each warp reads every key and value row; wgmma: each group of four warps does.

@@ -229,12 +229,15 @@ def session_members(session: int) -> list[int]:
     return members
 
 
-def environment(*, cache_dir: Path, visible: str | None) -> dict[str, str]:
+def environment(
+    *, cache_dir: Path, visible: str | None, scratch: Path | None = None
+) -> dict[str, str]:
     """The environment variables of a worker.
 
     Args:
         cache_dir: where it finds and stores built kernels.
         visible: CUDA_VISIBLE_DEVICES; None leaves it as it is.
+        scratch: where temporary files go; None: where they always do.
     """
     chosen = settings.get()
     package_parent = str(settings.PACKAGE_DIR.parent)
@@ -247,4 +250,6 @@ def environment(*, cache_dir: Path, visible: str | None) -> dict[str, str]:
     }
     if visible is not None:
         env["CUDA_VISIBLE_DEVICES"] = visible
+    if scratch is not None:
+        env["TMPDIR"] = str(scratch)
     return env

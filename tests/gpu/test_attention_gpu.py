@@ -79,7 +79,7 @@ def agree(
     exact, exact_lse = by_definition(q, k, v, causal=causal, dtype=torch.float64)
     same, _ = by_definition(q, k, v, causal=causal, dtype=q.dtype)
     error = (got[0].double() - exact).abs().max()
-    limit = 2 * (same.double() - exact).abs().max() + 2 * torch.finfo(q.dtype).eps
+    limit = 2 * (same.double() - exact).abs().max() + 8 * torch.finfo(q.dtype).eps
     assert error <= limit, f"error {error:.3g} above {limit:.3g}"
     torch.testing.assert_close(got[1].double(), exact_lse.double(), atol=1e-4, rtol=1e-4)
 

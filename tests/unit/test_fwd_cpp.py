@@ -213,6 +213,18 @@ def test_hidden_keys_and_what_lies_behind_the_tensors_have_no_influence() -> Non
     check(built(problem), problem, [given[0], longer[0][:, :50], longer[1][:, :50], given[3]])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_stays_in_its_row(dtype: str) -> None:
+    problem = of_shape(dtype, 40, 50, 64)
+    q, k, v, out = tensors(problem, "bshd", 14)
+    q[0, 7, 1, 5] = math.nan
+    built(problem)(q, k, v, out, None, 0.125)
+    spoilt = out.isnan()
+    assert spoilt[0, 7, 1].all()
+    spoilt[0, 7, 1] = False
+    assert not spoilt.any()
+
+
 @pytest.mark.parametrize("isa", ISAS, ids=["+".join(isa[-1:]) or "plain" for isa in ISAS])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_instruction_sets(dtype: str, isa: tuple[str, ...]) -> None:
@@ -224,8 +236,22 @@ def test_instruction_sets(dtype: str, isa: tuple[str, ...]) -> None:
     check(kernel, problem, tensors(problem, "bshd", 10))
 
 
-def test_every_value_of_every_tunable() -> None:
-    problem = of_shape("bfloat16", 75, 300, 64, causal=True)
+@pytest.mark.parametrize("isa", ISAS, ids=["+".join(isa[-1:]) or "plain" for isa in ISAS])
+def test_the_default_is_always_feasible_and_the_space_modest(isa: tuple[str, ...]) -> None:
+    device = dataclasses.replace(CPU, isa=isa)
+    for sq in (0, 1, 7, 8, 9, 16, 17, 33, 64, 65, 100, 1024):
+        for kv_heads in (1, 2, 8):
+            for sk in (0, 1, 48, 49, 96, 97, 300):
+                problem = of_shape("bfloat16", sq, sk, 64, num_heads=8, num_kv_heads=kv_heads)
+                default = TEMPLATE.default_config(problem, device)
+                assert TEMPLATE.broken(default, problem, device) is None, problem.name
+    for text in ("b1s1024h8d64f", "b1s4096h8d64c", "b2s1x500h8/2d128c", "b1s48h8d64c-float32"):
+        assert 12 <= len(TEMPLATE.space(Problem.parse(text), device)) <= 200, text
+
+
+@pytest.mark.parametrize("seqlen_q", [100, 257])  # packed for each block, or in any order
+def test_every_value_of_every_tunable(seqlen_q: int) -> None:
+    problem = of_shape("bfloat16", seqlen_q, 300, 64, causal=True)
     given = tensors(problem, "bshd", 11)
     space = TEMPLATE.space(problem, CPU).configs
     left = {(name, value) for name, choices in TEMPLATE.tunables.items() for value in choices}

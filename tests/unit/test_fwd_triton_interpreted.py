@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -55,6 +56,14 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "heads in L2, persistent": (
         "b3s300h3d32c-float16",
         {**TMA, "head_order": "l2", "ctas_per_sm": 1},
+    ),
+    "heads in L2, a few at a time": (
+        "b3s300h6/2d32c-float16",
+        {**TMA, "head_order": "l2", "l2_bytes": 200_000},
+    ),
+    "heads in L2, one at a time, persistent": (
+        "b3s300h3d32c-float16",
+        {**TMA, "head_order": "l2", "ctas_per_sm": 1, "l2_bytes": 100_000, "num_sms": 5},
     ),
     "tf32x3": ("b1s70h2d64c-float32", {"precision": "tf32x3", "block_n": 32}),
     "negative scale": ("b1s90x70h2d64c-float32", {"scale": -0.3}),
@@ -104,8 +113,9 @@ def run_case(name: str, wanted: dict[str, object]) -> dict[str, object]:
     from autoflash.device import KNOWN_GPUS
     from autoflash.problem import Problem
 
-    problem, device = Problem.parse(name), KNOWN_GPUS["sm90"]
-    wanted = dict(wanted)
+    problem, wanted = Problem.parse(name), dict(wanted)
+    changes = {key: wanted.pop(key) for key in ("l2_bytes", "num_sms") if key in wanted}
+    device = replace(KNOWN_GPUS["sm90"], **changes)
     scale = wanted.pop("scale", 1 / math.sqrt(problem.head_dim))
     wants_lse, layout = wanted.pop("lse", True), wanted.pop("layout", "bshd")
     wider, offset = wanted.pop("wider", 0), wanted.pop("offset", 0)
@@ -115,9 +125,7 @@ def run_case(name: str, wanted: dict[str, object]) -> dict[str, object]:
         values.update(block_m=16, num_warps=4, loads="pointers", block_n=64, split_loop=True)
     elif wanted.get("loads") != "tma" and values["loads"] == "tma":
         values.update(block_n=64)
-    kernel = build.build(
-        template.render(Config.of(template.name, values), problem, device), device
-    )
+    kernel = build.build(template.render(Config.of(template.name, values), problem, device), device)
 
     dtype = getattr(torch, problem.dtype)
     torch.manual_seed(0)

@@ -297,6 +297,9 @@ def test_the_pool_compiles_side_by_side_and_forgets_what_is_cancelled(
         assert pool.wait(0.1) == []
     finally:
         sessions = pool.pids()
+        scratch = pool._scratch
+        (scratch / "left-by-a-compiler").touch()
         pool.close()
     assert pool.pids() == []
+    assert not scratch.exists()
     assert all(gone(session) for session in sessions)

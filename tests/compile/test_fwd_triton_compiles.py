@@ -1,0 +1,110 @@
+"""Does triton/fwd compile for every architecture, without spilling and as its model says?
+
+The model is what decides, before anything is compiled, which configs are worth it.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from autoflash import build
+from autoflash.codegen.catalog import installed
+from autoflash.config import Config
+from autoflash.device import KNOWN_GPUS
+from autoflash.problem import Problem
+
+pytest.importorskip("triton", reason="triton has no wheel for this platform")
+pytestmark = pytest.mark.compile
+
+SLIGHT_SPILL_BYTES = 64
+"""What a default may spill per thread: a few values outside the loop."""
+
+# Every arch, dtype, padded and split head_dim, both masks, decoding, unaligned: not their product.
+DEFAULTS = [
+    ("sm80", "b1s4096h16d128c"),
+    ("sm80", "b1s4096h16d96f-float16"),
+    ("sm80", "b1s4096h16d256c"),
+    ("sm80", "b1s4096h16d128c-float32"),
+    ("sm86", "b1s4096h16d64c"),
+    ("sm86", "b1s1x4096h16/2d128c-float16"),
+    ("sm86", "b1s4096h16d256f-float32"),
+    ("sm89", "b1s4096h16d80c"),
+    ("sm89", "b1s4096h16d192x128c-float16"),
+    ("sm90", "b1s4096h16d64f-float16"),
+    ("sm90", "b1s4096h16d128c"),
+    ("sm90", "b1s4096h16d256c"),
+    ("sm90", "b1s4096h16d192x128c"),
+    ("sm90", "b1s4096h16d40c"),
+    ("sm90", "b1s4096h16d128c-bfloat16-unaligned"),
+    ("sm90", "b1s1x4096h16/2d256c"),
+    ("sm90", "b1s4096h16d64c-float32"),
+    ("sm100", "b1s4096h16d128c"),
+    ("sm100", "b1s4096h16d256f-float16"),
+    ("sm100", "b1s4096h16d16c-float32"),
+    ("sm120", "b1s4096h16d128f"),
+    ("sm120", "b1s4096h16d152c-float16"),
+]
+
+
+def compiled(arch: str, problem: Problem, config: Config) -> build.Resources:
+    template, device = installed().get("triton/fwd"), KNOWN_GPUS[arch]
+    return build.compile_source(template.render(config, problem, device), device).resources
+
+
+@pytest.mark.parametrize(("arch", "name"), DEFAULTS)
+def test_the_default_compiles_and_fits(arch, name):
+    template, device, problem = installed().get("triton/fwd"), KNOWN_GPUS[arch], Problem.parse(name)
+    config = template.default_config(problem, device)
+    resources = compiled(arch, problem, config)
+    assert resources.spill_bytes <= SLIGHT_SPILL_BYTES, config
+    assert resources.smem_bytes <= device.smem_bytes_per_block, config
+    assert resources.registers * resources.num_threads <= device.registers_per_sm, config
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [
+        ("sm80", "b1s4096h16/4d64c"),
+        ("sm80", "b1s4096h16d128f"),
+        ("sm90", "b1s4096h16d64f"),
+        ("sm90", "b1s4096h16/4d128c"),
+        ("sm90", "b1s4096h16d256c"),
+        ("sm90", "b1s4096h16d96f"),
+    ],
+)
+def test_what_the_model_admits_compiles_and_fits(arch, name):
+    template, device, problem = installed().get("triton/fwd"), KNOWN_GPUS[arch], Problem.parse(name)
+    space = template.space(problem, device)
+    for config in random.Random(name).sample(space.configs, 3):
+        resources = compiled(arch, problem, config)
+        predicted = template.derive(config, problem, device)["smem_bytes"]
+        assert resources.smem_bytes <= predicted <= resources.smem_bytes * 1.5 + 4096, config
+        assert resources.spill_bytes <= 512, config
+
+
+@pytest.mark.parametrize("arch", KNOWN_GPUS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_every_head_dim_has_a_feasible_default(arch, dtype):
+    template, device = installed().get("triton/fwd"), KNOWN_GPUS[arch]
+    for head_dim in range(16, 257, 8):
+        for head_dim_v in {head_dim, 64, 256}:
+            for seqlen_q, group in ((1, 1), (1, 8), (4096, 1)):
+                for aligned in (True, False):
+                    problem = Problem(
+                        dtype=dtype, batch=1, seqlen_q=seqlen_q, seqlen_k=4096, num_heads=8,
+                        num_kv_heads=8 // group, head_dim=head_dim, head_dim_v=head_dim_v,
+                        causal=True, aligned=aligned,
+                    )  # fmt: skip
+                    config = template.default_config(problem, device)
+                    assert template.broken(config, problem, device) is None, (problem, config)
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [("sm90", "b4s4096h16d128c"), ("sm90", "b4s4096h32d64f"), ("sm80", "b4s4096h16d128c")],
+)
+def test_the_space_can_be_swept(arch, name):
+    space = installed().get("triton/fwd").space(Problem.parse(name), KNOWN_GPUS[arch])
+    assert 30 <= len(space) <= 300
