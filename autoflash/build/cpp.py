@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
+import os
 import re
 import shlex
 import shutil
@@ -130,7 +132,8 @@ class CppKernel(Kernel):
 def entry_text(op: ops.Op) -> str:
     """C source of `launch_bound`, which takes sizes and strides as one array.
 
-    ctypes needs about 0.3 us per argument: 8 us for the whole list of the forward, 2 us for this.
+    ctypes converts argument by argument: a call of the forward costs 8.4 us of Python with its
+    whole list and 1.0 us so (batch 0, one core of a Zen 4 at 3.6 GHz).
     """
     pointers = "".join(
         f", {_C_POINTERS[argument.kind]} {argument.name}" for argument in op.pointers
@@ -230,6 +233,8 @@ def _run_ninja(directory: Path) -> None:
             f"the compiler has not finished after {COMPILE_TIMEOUT_S:.0f} s", str(error.output)
         ) from None
     if done.returncode:
+        if (full := os.strerror(errno.ENOSPC)) in done.stdout:
+            raise OSError(errno.ENOSPC, full, str(directory))  # the cache says what to do about it
         first = _ERROR_LINE.search(done.stdout)
         lines = done.stdout.strip().splitlines() or [f"ninja exited with {done.returncode}"]
         raise CompileError(first.group() if first else lines[-1], done.stdout)

@@ -17,7 +17,8 @@ import sys
 import tempfile
 import time
 import types
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -284,32 +285,28 @@ class _Compiled(Kernel):
         # allocates scratch. What it is handed changed with Triton 3.7.
         run = launcher.launch
         scratch_bytes = x * y * z * launcher.num_ctas * launcher.global_scratch_size
+        scratch: Callable[[], Any] | None = None
         if scratch_bytes:
             # Tensor memory descriptors live in global memory. From torch's allocator directly,
             # so that triton.set_allocator stays the user's; freed to the same stream.
             import torch
 
             device = torch.cuda.current_device()
-
-            def scratch() -> Any:
-                return torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
-        else:
-
-            def scratch() -> Any:
-                return None
-
+            scratch = partial(torch.empty, scratch_bytes, dtype=torch.uint8, device=device)
+        # `_alive`: newer Tritons unload the binary with the object that loaded it.
         if hasattr(launcher, "kernel_signature"):
             annotations, signature = launcher.arg_annotations, launcher.kernel_signature
 
             def launch(*args: Any, _alive: Kernel = self) -> None:
                 run(x, y, z, args[-1], function, cooperative, dependent, packed, None, None, None,
-                    scratch(), None, annotations, signature,
+                    scratch() if scratch else None, None, annotations, signature,
                     (*args[:-2], *scalars, args[-2]))  # fmt: skip
         else:
 
             def launch(*args: Any, _alive: Kernel = self) -> None:
-                run(x, y, z, args[-1], function, cooperative, dependent, scratch(), None, packed,
-                    None, None, None, *args[:-2], *scalars, args[-2])  # fmt: skip
+                run(x, y, z, args[-1], function, cooperative, dependent,
+                    scratch() if scratch else None, None, packed, None, None, None,
+                    *args[:-2], *scalars, args[-2])  # fmt: skip
 
         return launch
 

@@ -18,7 +18,9 @@ WAIT_S = 10.0
 
 
 @contextmanager
-def device_lock(device: Device, visible: str | None, root: Path, *, wait_s: float = WAIT_S) -> Iterator[None]:  # fmt: skip  # noqa: E501
+def device_lock(
+    device: Device, visible: str | None, root: Path, *, wait_s: float = WAIT_S
+) -> Iterator[None]:
     """Hold the device for this process; the operating system frees it if the process dies.
 
     Args:

@@ -16,7 +16,7 @@ from autoflash.build import cpp
 from autoflash.codegen import ops
 from autoflash.codegen.template import Source
 from autoflash.device import Device, for_arch
-from autoflash.errors import BuildError, CompileError, ToolchainMissing
+from autoflash.errors import BuildError, CacheError, CompileError, ToolchainMissing
 
 CPU = for_arch("cpu")
 BODY = """
@@ -156,6 +156,14 @@ def test_a_compile_error_gives_its_first_line(cache_dir: Path) -> None:
     assert "\n" not in str(caught.value)
     assert "and_another" in caught.value.log
     assert not list(cache_dir.glob("kernels/*/*/kernel.cpp")), "a failed build was published"
+
+
+def test_a_full_disk_is_no_mistake_in_the_source(compiler: Path) -> None:
+    text = compiler.read_text()
+    message = "as: kernel.o: No space left on device"
+    compiler.write_text(text.replace('exec g++ "$@"', f"echo {message}; exit 1"))
+    with pytest.raises(CacheError, match="AUTOFLASH_CACHE_DIR"):
+        build.compile_source(source(), CPU)
 
 
 @pytest.mark.parametrize("command", ["/nowhere/g++", "no-such-compiler -O1", "false", "''"])
