@@ -78,11 +78,10 @@ def compile_source(source: Source, device: Device) -> Artifact:
 
     def fill(directory: Path) -> None:
         (directory / SOURCE).write_text(source.text, encoding="utf-8")
-        if _interpreting():
-            resources = Resources(compile_s=0.0, binary_bytes=0)
-        else:
-            resources = _compile(source, device, directory)
-        write_meta(directory, resources, **facts, template=source.template)
+        resources, warnings = Resources(compile_s=0.0, binary_bytes=0), []
+        if not _interpreting():
+            resources, warnings = _compile(source, device, directory)
+        write_meta(directory, resources, **facts, template=source.template, warnings=warnings)
 
     directory = store.find_or_make(digest, fill)
     return Artifact(source, device.arch, digest, directory, read_resources(directory))
@@ -123,8 +122,11 @@ def _triton_variables() -> dict[str, str]:
 # Compiling --------------------------------------------------------------------------------------
 
 
-def _compile(source: Source, device: Device, directory: Path) -> Resources:
-    """Run `_compile_here` in a child process and read off what it made."""
+def _compile(source: Source, device: Device, directory: Path) -> tuple[Resources, list[str]]:
+    """Run `_compile_here` in a child process; what it made, and what ptxas warns of.
+
+    "wgmma.mma_async instructions are serialized" is the warning that costs most.
+    """
     job = {
         "capability": device.capability,
         "signature": ops.get(source.op).triton_signature(source.dtype),
@@ -159,7 +161,7 @@ def _compile(source: Source, device: Device, directory: Path) -> Resources:
             child.stdout[-_LOG_CHARACTERS:],
         )
     metadata = json.loads((directory / METADATA).read_text(encoding="utf-8"))
-    return Resources(
+    resources = Resources(
         compile_s=round(time.perf_counter() - began, 3),
         binary_bytes=(directory / CUBIN).stat().st_size,
         registers=_largest(r"Used (\d+) registers", child.stdout),
@@ -167,6 +169,7 @@ def _compile(source: Source, device: Device, directory: Path) -> Resources:
         smem_bytes=metadata["shared"],
         num_threads=metadata["num_warps"] * 32,
     )
+    return resources, re.findall(r"Potential Performance Loss: (.+)", child.stdout)
 
 
 def _child_environment(scratch: str) -> dict[str, str]:
