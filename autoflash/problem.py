@@ -90,11 +90,6 @@ class Problem:
         return self.num_heads // self.num_kv_heads
 
     @property
-    def max_head_dim(self) -> int:
-        """The larger of head_dim and head_dim_v: what decides how large a tile can be."""
-        return max(self.head_dim, self.head_dim_v)
-
-    @property
     def pairs(self) -> float:
         """Query-key pairs of one head that the mask lets through, by the field's count.
 

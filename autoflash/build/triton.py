@@ -78,7 +78,8 @@ def compile_source(source: Source, device: Device) -> Artifact:
 
     def fill(directory: Path) -> None:
         (directory / SOURCE).write_text(source.text, encoding="utf-8")
-        resources, warnings = Resources(compile_s=0.0, binary_bytes=0), []
+        resources = Resources(compile_s=0.0, binary_bytes=0)
+        warnings: list[str] = []
         if not _interpreting():
             resources, warnings = _compile(source, device, directory)
         write_meta(directory, resources, **facts, template=source.template, warnings=warnings)

@@ -5,6 +5,7 @@ The model is what decides, before anything is compiled, which configs are worth 
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -61,6 +62,16 @@ def test_the_default_compiles_and_fits(arch, name):
     assert resources.spill_bytes <= SLIGHT_SPILL_BYTES, config
     assert resources.smem_bytes <= device.smem_bytes_per_block, config
     assert resources.registers * resources.num_threads <= device.registers_per_sm, config
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("mask", "cf")
+def test_ptxas_overlaps_the_matrix_products_of_the_default(head_dim, mask):
+    template, device = installed().get("triton/fwd"), KNOWN_GPUS["sm90"]
+    problem = Problem.parse(f"b1s4096h16d{head_dim}{mask}")
+    config = template.default_config(problem, device)
+    artifact = build.compile_source(template.render(config, problem, device), device)
+    assert json.loads((artifact.directory / "meta.json").read_text())["warnings"] == []
 
 
 @pytest.mark.parametrize(

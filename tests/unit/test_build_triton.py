@@ -238,3 +238,4 @@ def test_meta_says_what_compiled_it():
     assert meta["arch"] == "sm80"
     assert meta["compiler"] == f"triton {builder.version()}"
     assert meta["template"] == "triton/fwd"
+    assert meta["warnings"] == []

@@ -51,19 +51,19 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "descriptors, ragged": ("b1s100x131h2d40f-float16", TMA),
     "descriptors, no keys": ("b1s100x0h2d64c-float16", TMA),
     "descriptors, head_dim 136 in two": ("b1s70x150h2d136c-float16", {**TMA, "split_dim": True}),
-    "persistent": ("b2s300h4/2d64c-float16", {**TMA, "ctas_per_sm": 1}),
-    "heads in L2": ("b2s300h4/2d64c-float16", {**TMA, "head_order": "l2"}),
-    "heads in L2, persistent": (
-        "b3s300h3d32c-float16",
-        {**TMA, "head_order": "l2", "ctas_per_sm": 1},
+    "persistent": ("b2s300h4/2d64f-float16", {**TMA, "ctas_per_sm": 2}),
+    "persistent, several tiles each": (
+        "b3s300h3d32f-float16",
+        {**TMA, "ctas_per_sm": 2, "num_sms": 2},
     ),
+    "heads in L2": ("b2s300h4/2d64c-float16", {**TMA, "head_order": "l2"}),
     "heads in L2, a few at a time": (
         "b3s300h6/2d32c-float16",
         {**TMA, "head_order": "l2", "l2_bytes": 200_000},
     ),
-    "heads in L2, one at a time, persistent": (
+    "heads in L2, one at a time": (
         "b3s300h3d32c-float16",
-        {**TMA, "head_order": "l2", "ctas_per_sm": 1, "l2_bytes": 100_000, "num_sms": 5},
+        {**TMA, "head_order": "l2", "l2_bytes": 100_000},
     ),
     "tf32x3": ("b1s70h2d64c-float32", {"precision": "tf32x3", "block_n": 32}),
     "negative scale": ("b1s90x70h2d64c-float32", {"scale": -0.3}),
