@@ -166,7 +166,7 @@ class TuneProgress(AbstractContextManager["TuneProgress"]):
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
         self._bars: Bars | None = None
-        self._said_s = 0.0
+        self._said, self._said_s = "", 0.0
         console = Console(stderr=True)
         if console.is_terminal and not quiet:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -207,7 +207,9 @@ class TuneProgress(AbstractContextManager["TuneProgress"]):
             self._line(f"{where}: {', '.join(part for part in parts if part)}")
 
     def _line(self, text: str) -> None:
-        self._said_s = time.monotonic()
+        if text == self._said:  # the next finalist, and nothing new about it
+            return
+        self._said, self._said_s = text, time.monotonic()
         if self._bars:
             self._bars.console.print(escape(text), highlight=False)
         else:
