@@ -190,12 +190,13 @@ class Problem:
 
         Differences count in doublings: of each sequence length, and half as much of the number
         of (batch, head) pairs and of the heads that share keys, since those change how many
-        thread blocks there are but not what one does.
+        thread blocks there are but not what one does. The two 16-bit dtypes are one doubling apart:
+        their kernels differ in the kind of a few instructions only.
         """
         # Written out: serving asks this of every record of a kind for each new problem.
         if not (
             self.head_dim == other.head_dim
-            and self.dtype == other.dtype
+            and (self.dtype == other.dtype or self.element_size == other.element_size)
             and self.causal == other.causal
             and self.head_dim_v == other.head_dim_v
             and self.op == other.op
@@ -211,4 +212,5 @@ class Problem:
             + 0.5 * doublings(self.batch * self.num_heads, other.batch * other.num_heads)
             + 0.5 * doublings(self.group_size, other.group_size)
             + (0.0 if self.aligned == other.aligned else 1.0)
+            + (0.0 if self.dtype == other.dtype else 1.0)
         )

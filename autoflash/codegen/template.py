@@ -509,9 +509,10 @@ def _place(error: BaseException, env: jinja2.Environment) -> tuple[Path, int] | 
 
 
 def _line_of(path: Path, text: str) -> int | None:
-    """The first line of a file that holds `text`: where a mistake in a declaration stands."""
+    """The first line of a file that holds the first of `text`: where a mistake stands."""
+    first = text.strip().partition("\n")[0]
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if text in line:
+        if first in line:
             return number
     return None
 

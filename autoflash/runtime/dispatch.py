@@ -359,7 +359,7 @@ def _traits(problem: Problem) -> tuple[object, ...]:
 def _group(problem: Problem) -> tuple[object, ...]:
     """What must agree for Problem.distance to be finite."""
     return (
-        problem.op, problem.dtype, problem.head_dim, problem.head_dim_v, problem.causal,
+        problem.op, problem.element_size, problem.head_dim, problem.head_dim_v, problem.causal,
     )  # fmt: skip
 
 

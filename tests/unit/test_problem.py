@@ -39,9 +39,10 @@ def test_distance_is_symmetric_and_zero_only_for_like_work(one: Problem, two: Pr
 
 def test_distance_is_infinite_across_what_a_kernel_is_compiled_for() -> None:
     base = Problem.parse("b1s1024h8d64f")
-    for other in ("b1s1024h8d128f", "b1s1024h8d64c", "b1s1024h8d64f-float16", "b1s1024h8d64x32f"):
+    for other in ("b1s1024h8d128f", "b1s1024h8d64c", "b1s1024h8d64f-float32", "b1s1024h8d64x32f"):
         assert base.distance(Problem.parse(other)) == math.inf
     assert 0 < base.distance(Problem.parse("b1s2048h8d64f")) < math.inf
+    assert base.distance(Problem.parse("b1s1024h8d64f-float16")) == 1
 
 
 @pytest.mark.parametrize(
