@@ -53,7 +53,7 @@ def tuned(environment: dict[str, str]) -> dict[str, object]:
 def test_tuning_checks_times_and_stores(
     environment: dict[str, str], tuned: dict[str, object]
 ) -> None:
-    [best] = json.loads(run(environment, "show", "--json").stdout)
+    [best] = json.loads(run(environment, "show", "--arch", "cpu", "--json").stdout)
     assert best["record"] == tuned["best"]
     assert best["current"] is True
     assert best["record"]["measurement"]["latency_us"] > 0
