@@ -13,8 +13,12 @@ import pytest
 # directory for the whole run, so that a kernel is compiled once however many tests use it.
 _CACHE = tempfile.TemporaryDirectory(prefix="autoflash-tests-")
 os.environ["AUTOFLASH_CACHE_DIR"] = _CACHE.name
-for _name in ("AUTOFLASH_DATABASE", "AUTOFLASH_TEMPLATES", "AUTOFLASH_TUNING_DB"):
+for _name in ("AUTOFLASH_DATABASE", "AUTOFLASH_TEMPLATES"):
     os.environ.pop(_name, None)
+# Nor should what they expect depend on which devices were tuned for.
+_NO_PACKS = Path(_CACHE.name) / "no-packs"
+_NO_PACKS.mkdir()
+os.environ["AUTOFLASH_TUNING_DB"] = str(_NO_PACKS)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,7 +7,6 @@ is built in a directory of this process instead, and one warning says so.
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import tempfile
 import uuid
@@ -85,7 +84,7 @@ def root() -> Path:
 def _writable(directory: Path) -> bool:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".probe-{os.getpid()}"
+        probe = directory / f".probe-{uuid.uuid4().hex}"  # threads may be here at once
         probe.touch()
         probe.unlink()
     except OSError as error:

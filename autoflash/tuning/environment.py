@@ -16,13 +16,22 @@ from autoflash.tuning.telemetry import Telemetry
 _PEER_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cutlass-dsl")
 
 
-@cache
 def environment(device: Device) -> dict[str, Any]:
     """Versions of all that takes part in a measurement on `device`; JSON-ready.
 
     Args:
         device: a GPU that is present adds driver, CUDA and cuDNN; a CPU adds compiler and threads.
     """
+    facts = _versions(device)
+    if not device.is_cuda:
+        import torch
+
+        facts = {**facts, "threads": torch.get_num_threads()}  # may change while a process runs
+    return facts
+
+
+@cache
+def _versions(device: Device) -> dict[str, Any]:
     import torch
 
     facts: dict[str, Any] = {
@@ -43,7 +52,6 @@ def environment(device: Device) -> dict[str, Any]:
         facts.update({name: _version(name) for name in _PEER_PACKAGES})
     else:
         facts["cxx"] = _compiler(settings.get().cxx)
-        facts["threads"] = torch.get_num_threads()
         facts["isa"] = " ".join(device.isa)
     return {name: value for name, value in facts.items() if value is not None}
 

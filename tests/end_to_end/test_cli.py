@@ -121,13 +121,18 @@ def test_an_absent_gpu_is_compiled_for_and_ranked(environment: dict[str, str]) -
     assert best["record"]["outcome"] == "predicted"
 
 
+def interruptible() -> None:
+    """Ctrl-C works in this process even if the tests run where it is ignored, as under nohup."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_keeps_what_was_found(environment: dict[str, str]) -> None:
     other = "b1s192h2d48f-float32"
     process = subprocess.Popen(
         [sys.executable, "-m", "autoflash", "tune", "--arch", "cpu", "--shape", other,
          "--trials", "200", "--effort", "normal"],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=interruptible,
     )  # fmt: skip
 
     def trials() -> int:

@@ -355,7 +355,7 @@ def test_merge_and_prune(filled: Run, tmp_path: Path) -> None:
 
 
 def test_why_names_the_record_and_what_the_nearest_differ_in(filled: Run) -> None:
-    code, out, _ = filled("why", "b1s32h2d32c-float32", PROBLEM.name, "--arch", "cpu")
+    code, out, _ = filled("why", "b1s72h2d32c-float32", PROBLEM.name, "--arch", "cpu")
     assert code == 0
     near, exact = out.split(f"{PROBLEM.name} on ")
     assert "bucket" in near

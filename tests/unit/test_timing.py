@@ -253,6 +253,6 @@ def test_a_missing_compiler_leaves_the_environment_without_one(
     monkeypatch.setattr(
         module.settings, "get", lambda: SimpleNamespace(cxx="/nowhere/to-be-found-c++")
     )
-    module.environment.cache_clear()
+    module._versions.cache_clear()
     assert "cxx" not in module.environment(devices.for_arch("cpu"))
-    module.environment.cache_clear()
+    module._versions.cache_clear()

@@ -88,6 +88,8 @@ print("result", results[0].status, results[0].trials, flush=True)
         [sys.executable, "-c", script],
         stdout=subprocess.PIPE,
         text=True,
+        # Ctrl-C works there even if the tests run where it is ignored, as under nohup.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env=environment(cache_dir=settings.get().cache_dir, visible=None) | {"AUTOFLASH_JOBS": "1"},
     )
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from autoflash import settings
 from autoflash.codegen.catalog import installed
 from autoflash.record import Record
+from autoflash.settings import Settings
 
-PACKS = sorted(settings.get().tuning_db_dir.glob("*.jsonl"))
+PACKS = sorted(Settings.from_environment({}).tuning_db_dir.glob("*.jsonl"))
 
 
 def test_there_are_reviewed_records() -> None:
