@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autoflash.benchmark.grids import GRIDS, grid
-from autoflash.benchmark.report import Report, Row, show, table
+from autoflash.benchmark.report import Report, Row, table
 from autoflash.benchmark.runner import PROVIDERS, run
 
-__all__ = ["GRIDS", "PROVIDERS", "Report", "Row", "grid", "run", "show", "table"]
+__all__ = ["GRIDS", "PROVIDERS", "Report", "Row", "grid", "run", "table"]

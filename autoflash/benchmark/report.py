@@ -7,13 +7,10 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from autoflash.device import Device
 from autoflash.problem import Problem
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 SCHEMA_VERSION = 1
 OURS = "autoflash"
@@ -202,39 +199,3 @@ def _tflops(problem: Problem, latency_us: float | None) -> str:
 
 def _mean(ratios: Sequence[float]) -> str:
     return f"{statistics.geometric_mean(ratios):.2f}x" if ratios else ""
-
-
-def show(report: Report, console: Console | None = None) -> None:
-    """Print the table and what is missing from it: drawn on a terminal, aligned text elsewhere."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = console or Console()
-    laid = table(report)
-    if console.is_terminal:
-        from rich.table import Table as Drawn
-
-        drawn = Drawn(title=escape(laid.title), title_justify="left")
-        for column in laid.columns:
-            right = column.startswith(">")
-            drawn.add_column(column.removeprefix(">"), justify="right" if right else "left")
-        for row in laid.rows:
-            drawn.add_row(*map(escape, row))
-        console.print(drawn)
-    else:
-        console.file.write("\n".join(_plain(laid)) + "\n")
-    for line in report.skipped():
-        console.file.write(f"not timed: {line}\n")
-
-
-def _plain(laid: Table) -> list[str]:
-    heads = tuple(column.removeprefix(">") for column in laid.columns)
-    widths = [max(map(len, column)) for column in zip(heads, *laid.rows, strict=True)]
-    lines = [laid.title]
-    for row in (heads, *laid.rows):
-        padded = [
-            cell.rjust(width) if column.startswith(">") else cell.ljust(width)
-            for cell, width, column in zip(row, widths, laid.columns, strict=True)
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return lines

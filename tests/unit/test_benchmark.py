@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
@@ -11,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from autoflash import benchmark, settings
 from autoflash import device as devices
-from autoflash.benchmark import GRIDS, Report, Row, grid, run, show, table
+from autoflash.benchmark import GRIDS, Report, Row, grid, run, table
 from autoflash.benchmark.runner import PROVIDERS
 from autoflash.device import KNOWN_GPUS, Device
 from autoflash.errors import InvalidInput, UnknownName
@@ -254,19 +252,6 @@ def test_what_is_missing_is_said_once(cpu: Device) -> None:
         "cudnn: runs on GPUs only",
         "fa4: it broke (b1s1024h8/8d64c-float32)",
     ]
-
-
-def test_the_table_is_plain_where_there_is_no_terminal(cpu: Device) -> None:
-    plain, drawn = io.StringIO(), io.StringIO()
-    show(_report(cpu), Console(file=plain, width=40))
-    show(_report(cpu), Console(file=drawn, width=140, force_terminal=True))
-    lines = plain.getvalue().splitlines()
-    assert all(ord(character) < 128 and character != "\x1b" for character in plain.getvalue())
-    line = next(line for line in lines if line.startswith("b1s1024h8/8d64f"))
-    assert line.endswith("2.00x")  # one line, however narrow
-    assert "not timed: cudnn: runs on GPUs only" in lines
-    assert "\x1b" in drawn.getvalue()
-    assert "0.50x fa4" in drawn.getvalue()
 
 
 def test_a_report_without_ours_still_makes_a_table(cpu: Device) -> None:
