@@ -92,7 +92,6 @@ class Op:
 _POINTERS = ("input", "output", "output_float32")
 LAYOUT_AXES = {"bshd": (0, 1, 2), "bhsd": (0, 2, 1)}
 """Where batch, seqlen and heads lie among a tensor's dimensions; head_dim is always last."""
-LAYOUTS = tuple(LAYOUT_AXES)
 
 
 def _strides(tensor: str) -> tuple[Argument, ...]:

@@ -24,7 +24,7 @@ from autoflash.codegen.space import Space
 from autoflash.config import Config, Value
 from autoflash.device import Device
 from autoflash.errors import InvalidInput, TemplateError, UnknownName
-from autoflash.problem import TRAITS, Problem
+from autoflash.problem import Problem
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -49,6 +49,7 @@ _KEYS = {
     "options": dict,
 }
 _REQUIRED = ("summary", "source", "op", "accepts", "tunables", "default")
+_READS = re.compile(r"\bproblem\b(?:\.(\w+))?")
 _NAMES = frozenset({"problem", "device"})
 
 
@@ -150,6 +151,23 @@ class Template:
                 return message
         return None
 
+    def decisive(self, problem: Problem, device: Device) -> tuple[object, ...]:
+        """What the declaration sees of a problem: where it is equal, all its answers are.
+
+        Serving remembers them by it, since Jinja takes some 20 us per expression and decoding
+        makes a new Problem with every token.
+        """
+        facts = self._facts(problem, device)
+        reads = (getattr(problem, name) if name else problem for name in self._reads)
+        return (problem.op, *reads, *(facts[name] for name in self.facts))
+
+    @cached_property
+    def _reads(self) -> tuple[str, ...]:
+        """The fields of a problem that expressions read other than through facts; "": all."""
+        texts = [text for _, text in self.expressions() if text not in self.facts.values()]
+        texts += [str(value) for seed in self.seeds for value in seed.values()]
+        return tuple(sorted({name for text in texts for name in _READS.findall(text)}))
+
     def default_config(self, problem: Problem, device: Device) -> Config:
         """The declared default, its expressions evaluated for this problem and device."""
         return self._complete({}, problem, device)
@@ -239,7 +257,7 @@ class Template:
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(error.filename or self.path, error.lineno, str(error)) from error
         except Exception as error:
-            path, line = _place(error, self._environment) or (self.path, None)
+            path, line = _place(error) or (self.path, None)
             raise TemplateError(path, line, f"{type(error).__name__}: {error}") from error
         return Source(
             template=self.name,
@@ -362,7 +380,7 @@ def load(path: Path, root: Path, env: jinja2.Environment) -> Template:
         TemplateError: with file, line and name of the first mistake.
     """
     text = path.read_text(encoding="utf-8")
-    declaration, first_line = _declaration(path, text)
+    declaration = _declaration(path, text)
     file = path.relative_to(root).as_posix()
     ending = next(end for end in LANGUAGES if file.endswith(end))
     tunables = {name: tuple(choices) for name, choices in declaration["tunables"].items()}
@@ -385,11 +403,11 @@ def load(path: Path, root: Path, env: jinja2.Environment) -> Template:
         _environment=env,
         _file=file,
     )
-    _check(template, text, first_line)
+    _check(template)
     return template
 
 
-def _declaration(path: Path, text: str) -> tuple[dict[str, Any], int]:
+def _declaration(path: Path, text: str) -> dict[str, Any]:
     found = _DECLARATION.match(text)
     if not found:
         raise TemplateError(path, 1, "a template starts with its declaration: {#--- TOML ---#}")
@@ -412,10 +430,10 @@ def _declaration(path: Path, text: str) -> tuple[dict[str, Any], int]:
     for name in _REQUIRED:
         if name not in declaration:
             raise TemplateError(path, first_line, f"the declaration lacks {name!r}")
-    return declaration, first_line
+    return declaration
 
 
-def _check(template: Template, text: str, first_line: int) -> None:
+def _check(template: Template) -> None:
     """What can be wrong in a declaration and is certain to be so for every problem."""
     path = template.path
     if template.op not in ops.OPS:
@@ -458,8 +476,6 @@ def _check(template: Template, text: str, first_line: int) -> None:
     if unused := set(template.tunables) - used - body:
         name = min(unused)
         raise TemplateError(path, _line_of(path, name), f"tunable {name} is used nowhere")
-    if template._file in _files(template._file, template._environment)[1:]:
-        raise TemplateError(path, first_line, "the template includes itself")
 
 
 def _free_names(file: str, env: jinja2.Environment) -> set[str]:
@@ -500,7 +516,7 @@ def _digest(file: str, declaration: Mapping[str, Any], env: jinja2.Environment) 
     return digest.hexdigest()[:16]
 
 
-def _place(error: BaseException, env: jinja2.Environment) -> tuple[Path, int] | None:
+def _place(error: BaseException) -> tuple[Path, int] | None:
     """File and line of the template frame an exception came through; Jinja rewrites these."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if frame.filename.endswith(".jinja"):
@@ -515,6 +531,3 @@ def _line_of(path: Path, text: str) -> int | None:
         if first in line:
             return number
     return None
-
-
-__all__ = ["LANGUAGES", "TRAITS", "Source", "Template", "environment", "load"]

@@ -13,7 +13,6 @@ Nothing here measures anything. A record holds while the digest of its template 
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from autoflash.codegen.template import Source, Template
 from autoflash.config import Config
 from autoflash.device import Device
 from autoflash.errors import InvalidInput
-from autoflash.problem import TRAITS, Problem
+from autoflash.problem import Problem
 from autoflash.record import Record
 from autoflash.runtime import warn
 
@@ -39,6 +38,9 @@ MAX_DISTANCE = 6.0
 Beyond that the work is of another kind: a decoding step (seqlen_q 1) is 12 doublings away from a
 prefill of 4096, and a template's default fits it better than the winner of the other.
 """
+
+MOST_ANSWERS = 4096
+"""Answers of templates kept; one that reads a sequence length makes a new one with every token."""
 
 FAMILIES = ("cuda", "gluon", "triton", "cpp")
 """Which default is tried first where several templates accept: the more specialised, then by name.
@@ -133,8 +135,7 @@ class Dispatcher:
         self._index: Index | None = None
         # What a kernel is compiled for -> the kernel, or why there is none.
         self._kernels: dict[tuple[Config, tuple[object, ...]], Kernel | str] = {}
-        # Template name -> whether it reads traits only; then its answers by config and traits.
-        self._by_traits: dict[str, bool] = {}
+        # (template, config, what it sees of a problem) -> why it cannot serve, or its default.
         self._answers: dict[tuple[object, ...], object] = {}
 
     # Choosing -----------------------------------------------------------------------------------
@@ -163,10 +164,8 @@ class Dispatcher:
         if (learned := self._learned(problem)) is not None:
             yield learned
         for template in sorted(self.catalog.templates.values(), key=_family):
-            if (config := self._default(template, problem)) is not None:
-                is_default = config == template.default_config(problem, self.device)
-                reason = "the template's default" if is_default else "the template's first seed"
-                yield Choice("default", template, config, None, reason)
+            if (found := self._default(template, problem)) is not None:
+                yield Choice("default", template, found[0], None, found[1])
 
     def infeasible(self, record: Record, problem: Problem) -> str | None:
         """Why the config of a record that holds cannot serve `problem` here; None if it can."""
@@ -178,29 +177,28 @@ class Dispatcher:
 
         return self._remembered(template, config, problem, ask)
 
-    def _default(self, template: Template, problem: Problem) -> Config | None:
-        """The template's default, or its first feasible seed, if it serves the problem at all."""
+    def _default(self, template: Template, problem: Problem) -> tuple[Config, str] | None:
+        """What serves without a record, and what that is; None if the template refuses."""
 
-        def ask() -> Config | None:
+        def ask() -> tuple[Config, str] | None:
             if template.refusal(problem, self.device) is not None:
                 return None
-            return next(iter(template.seed_configs(problem, self.device)), None)
+            config = template.default_config(problem, self.device)
+            if template.broken(config, problem, self.device) is None:
+                return config, "the template's default"
+            seeds = template.seed_configs(problem, self.device)
+            return (seeds[0], "the template's first seed") if seeds else None
 
         return self._remembered(template, None, problem, ask)
 
     def _remembered(
         self, template: Template, config: Config | None, problem: Problem, ask: Callable[[], T]
     ) -> T:
-        """`ask()`, once per traits where the template's expressions read nothing else.
-
-        Jinja takes some 20 us per expression, and while decoding every token is a new Problem.
-        """
-        if template.name not in self._by_traits:
-            self._by_traits[template.name] = _reads_traits_only(template)
-        if not self._by_traits[template.name]:
-            return ask()
-        key = (template.name, config, _traits(problem))
+        """`ask()`, once for all problems that look the same to the template."""
+        key = (template.name, config, template.decisive(problem, self.device))
         if key not in self._answers:
+            if len(self._answers) >= MOST_ANSWERS:
+                self._answers.clear()
             self._answers[key] = ask()
         return cast("T", self._answers[key])
 
@@ -339,17 +337,6 @@ def _stale(record: Record, device: Device, catalog: Catalog) -> str | None:
             f"is now {template.digest}"
         )
     return None
-
-
-_READS = re.compile(r"\bproblem\b(?:\.(\w+))?")
-
-
-def _reads_traits_only(template: Template) -> bool:
-    """Whether no expression of a declaration depends on the sizes of a problem."""
-    texts = [text for _, text in template.expressions()]
-    texts += [str(value) for seed in template.seeds for value in seed.values()]
-    names = [name for text in texts for name in _READS.findall(text)]
-    return set(names) <= {*TRAITS, "element_size"}
 
 
 def _traits(problem: Problem) -> tuple[object, ...]:
