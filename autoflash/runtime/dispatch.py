@@ -30,7 +30,6 @@ from autoflash.record import Record
 from autoflash.runtime import warn
 
 T = TypeVar("T")
-RULES = ("exact", "bucket", "default", "torch")
 
 MAX_DISTANCE = 6.0
 """Farthest record that may stand in, in doublings: both sequence lengths eight times as long.
@@ -74,7 +73,7 @@ class Served:
 
     Attributes:
         problem: what was asked.
-        rule: one of RULES.
+        rule: "exact", "bucket", "default" or "torch".
         kernel: what runs; None where PyTorch does.
         config: of the kernel.
         record: where the config was learned; None for defaults and PyTorch.

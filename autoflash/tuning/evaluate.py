@@ -24,8 +24,6 @@ FIRST_RUNG_CALLS, FIRST_RUNG_RATIO = 3, 3.0
 """After so few calls, a config so much slower than the best so far is dropped."""
 SECOND_RUNG_SHARE, SECOND_RUNG_RATIO = 0.25, 1.3
 """Likewise after that share of the full timing."""
-PROVIDERS = ("cudnn", "fa2", "efficient", "sdpa")
-"""What "PyTorch's best" is chosen from; its math backend where none of these can run."""
 
 
 class Evaluator:
@@ -170,11 +168,12 @@ class _Bench:
 
     def best_of_torch(self) -> tuple[str | None, Callable[[], object] | None]:
         """The fastest of PyTorch's own implementations that run here, by a few calls of each."""
-        from autoflash.tuning.peers import PEERS
+        from autoflash.tuning.peers import PEERS, TORCH_PEERS
 
         inputs = self.inputs
         found: dict[str, tuple[float, Callable[[], object]]] = {}
-        for names in (PROVIDERS, ("math",)):
+        # The math backend only where none of the others can run: it stores all scores.
+        for names in ([name for name in TORCH_PEERS if name != "math"], ["math"]):
             usable = [n for n in names if not PEERS[n].unavailable(self.problem, self.device)]
             for name in usable:
                 try:

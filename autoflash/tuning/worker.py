@@ -19,7 +19,6 @@ from typing import Any
 
 from autoflash.tuning import wire
 
-ROLES = ("compile", "device")
 _PR_SET_PDEATHSIG = 1
 Handler = Callable[[Mapping[str, Any]], dict[str, Any]]
 

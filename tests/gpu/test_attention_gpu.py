@@ -67,7 +67,7 @@ def by_definition(
     return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
 
 
-def agree(
+def assert_agrees(
     got: tuple[torch.Tensor, torch.Tensor],
     q: torch.Tensor,
     k: torch.Tensor,
@@ -114,7 +114,7 @@ def test_dtypes_and_head_dims(
         assert out.is_contiguous()
         assert out.dtype == dtype
         out = out.transpose(1, 2) if layout == "bhsd" else out
-        agree((out, lse), q, k, v, causal=causal)
+        assert_agrees((out, lse), q, k, v, causal=causal)
     assert rule_of(q, k, v, causal) in ("exact", "bucket", "default")
 
 
@@ -126,7 +126,7 @@ def test_dtypes_and_head_dims(
 def test_lengths_and_masked_rows(seqlen_q: int, seqlen_k: int, causal: bool) -> None:
     q, k, v = tensors(seqlen_q, seqlen_k)
     out, lse = autoflash.attention(q, k, v, causal=causal, return_lse=True)
-    agree((out, lse), q, k, v, causal=causal)
+    assert_agrees((out, lse), q, k, v, causal=causal)
     hidden = max(seqlen_q - seqlen_k, 0) if causal else 0
     assert torch.equal(out[:, :hidden], torch.zeros_like(out[:, :hidden]))
     assert torch.isneginf(lse[:, :, :hidden]).all()
@@ -144,12 +144,14 @@ def test_zero_sizes(batch: int, seqlen_q: int, seqlen_k: int) -> None:
 def test_views_and_tensors_off_their_alignment() -> None:
     q, k, v = tensors()
     both = torch.stack([k, v], dim=3)
-    agree(autoflash.attention(q, both[:, :, :, 0], both[:, :, :, 1], return_lse=True), q, k, v)
+    assert_agrees(
+        autoflash.attention(q, both[:, :, :, 0], both[:, :, :, 1], return_lse=True), q, k, v
+    )
     shifted = torch.cat([k.flatten()[:1], k.flatten()])[1:].view(k.shape)
     assert shifted.data_ptr() % 16 != 0
-    agree(autoflash.attention(q, shifted, v, return_lse=True), q, k, v)
+    assert_agrees(autoflash.attention(q, shifted, v, return_lse=True), q, k, v)
     one_head = k[:, :, :1].expand(-1, -1, 2, -1)
-    agree(autoflash.attention(q, one_head, v, return_lse=True), q, one_head, v)
+    assert_agrees(autoflash.attention(q, one_head, v, return_lse=True), q, one_head, v)
 
 
 def test_it_runs_on_the_current_stream() -> None:
@@ -163,7 +165,7 @@ def test_it_runs_on_the_current_stream() -> None:
         late.copy_(q)
         result = autoflash.attention(late, k, v, return_lse=True)
     side.synchronize()
-    agree(result, q, k, v)
+    assert_agrees(result, q, k, v)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
@@ -174,7 +176,7 @@ def test_it_runs_on_the_tensors_device_not_the_current_one() -> None:
             result = autoflash.attention(q, k, v, return_lse=True)
             assert torch.cuda.current_device() == 0
         assert result[0].device == q.device
-        agree(result, q, k, v)
+        assert_agrees(result, q, k, v)
     [warmed] = autoflash.warmup("b1s64h4/2d64f-bfloat16", device="cuda:1")
     assert warmed.served.rule != "torch"
 
@@ -197,7 +199,7 @@ def test_threads_with_streams_of_their_own() -> None:
     assert len(results) == 80
     for result in results:
         assert torch.equal(result[0], results[0][0])
-    agree(results[0], q, k, v)
+    assert_agrees(results[0], q, k, v)
 
 
 def test_a_cuda_graph_replays_on_new_data() -> None:
@@ -210,7 +212,7 @@ def test_a_cuda_graph_replays_on_new_data() -> None:
         q.copy_(torch.randn_like(q) * scale)
         graph.replay()
         torch.cuda.synchronize()
-        agree((out, lse), q, k, v, causal=True)
+        assert_agrees((out, lse), q, k, v, causal=True)
 
 
 def test_after_warming_up_the_first_call_may_be_captured() -> None:
@@ -223,7 +225,7 @@ def test_after_warming_up_the_first_call_may_be_captured() -> None:
         result = autoflash.attention(q, k, v, return_lse=True)  # a warning would be an error
     graph.replay()
     torch.cuda.synchronize()
-    agree(result, q, k, v)
+    assert_agrees(result, q, k, v)
 
 
 def test_what_was_never_built_is_pytorchs_in_a_capture_and_ours_after_it() -> None:
@@ -239,8 +241,8 @@ def test_what_was_never_built_is_pytorchs_in_a_capture_and_ours_after_it() -> No
     graph.replay()
     torch.cuda.synchronize()
     _, lse = by_definition(q, k, v, causal=True, dtype=torch.float64)
-    agree((out, lse), q, k, v, causal=True)
-    agree(autoflash.attention(q, k, v, causal=True, return_lse=True), q, k, v, causal=True)
+    assert_agrees((out, lse), q, k, v, causal=True)
+    assert_agrees(autoflash.attention(q, k, v, causal=True, return_lse=True), q, k, v, causal=True)
     assert rule_of(q, k, v, True) != "torch"
 
 
@@ -258,7 +260,7 @@ def test_torch_compile(mode: str) -> None:
         for _ in range(4):  # reduce-overhead records a CUDA graph after its first calls
             q, k, v = tensors()
             out, lse = compiled(q, k, v)
-            agree((out.clone(), lse.clone()), q * 2, k, v, causal=True)
+            assert_agrees((out.clone(), lse.clone()), q * 2, k, v, causal=True)
     torch.compiler.reset()
 
 
@@ -297,7 +299,7 @@ def test_autocast() -> None:
     with torch.autocast("cuda", torch.bfloat16):
         out, lse = autoflash.attention(q, k, v, return_lse=True)
     assert out.dtype == torch.bfloat16
-    agree((out, lse), q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert_agrees((out, lse), q.bfloat16(), k.bfloat16(), v.bfloat16())
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -311,7 +313,7 @@ def test_what_no_template_takes_is_served_by_pytorch(causal: bool) -> None:
             q, k, v = tensors(seqlen_q, seqlen_k, dim=dim, dtype=dtype)
             with pytest.warns(RuntimeWarning, match=message):
                 result = autoflash.attention(q, k, v, causal=causal, return_lse=True)
-            agree(result, q, k, v, causal=causal)
+            assert_agrees(result, q, k, v, causal=causal)
 
 
 def test_decoding_with_every_length_builds_once() -> None:
@@ -319,7 +321,7 @@ def test_decoding_with_every_length_builds_once() -> None:
     for seqlen_k in range(1, 301, 13):
         views = k[:, :seqlen_k], v[:, :seqlen_k]
         result = autoflash.attention(q, *views, causal=True, return_lse=True)
-        agree(result, q, *views, causal=True)
+        assert_agrees(result, q, *views, causal=True)
     dispatcher = serving.dispatcher("cuda", q.device.index)
     configs = {served.config for served in map(dispatcher.serve, _decoding())}
     assert len(dispatcher._kernels) == len(configs)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from autoflash.build import Artifact, Kernel, Launch, Resources
-from autoflash.codegen.catalog import Catalog
-from autoflash.codegen.template import Source
+from autoflash.codegen.catalog import Catalog, installed
+from autoflash.codegen.template import Source, Template
 from autoflash.config import Config
 from autoflash.device import KNOWN_GPUS, Device
 from autoflash.errors import CompileError
@@ -378,3 +378,26 @@ def test_a_device_that_is_not_here_can_be_asked_about(
     monkeypatch.setattr(serving, "stored_records", lambda device: stored)
     monkeypatch.setattr("autoflash.codegen.catalog.installed", lambda: catalog)
     assert explain(ASKED, ampere).rule == "exact"
+
+
+def test_a_new_length_asks_a_template_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Jinja takes some 20 us per expression; with every token of a decoding step that would add up.
+    asked: list[str] = []
+    evaluate = Template._evaluate
+
+    def counted(self: Template, expression: str, scope: Any, what: str) -> Any:
+        asked.append(what)
+        return evaluate(self, expression, scope, what)
+
+    monkeypatch.setattr(Template, "_evaluate", counted)
+    dispatcher = Dispatcher(HERE, [], installed(), Built)
+    first = dispatcher.serve(Problem.parse("b4s1x1000h32/8d128c"))
+    assert first.rule == "default"
+    assert any(what.startswith("constraint") for what in asked)
+    asked.clear()
+    assert dispatcher.serve(Problem.parse("b4s1x1001h32/8d128c")).config == first.config
+    assert not [what for what in asked if what.startswith(("constraint", "derived", "default"))]
+    # What an expression does read is asked again: more than 16 rows are not decoding.
+    asked.clear()
+    assert dispatcher.serve(Problem.parse("b4s17x1001h32/8d128c")).config != first.config
+    assert any(what.startswith("constraint") for what in asked)
