@@ -1,10 +1,13 @@
 # What can be done with a checkout. All of it lives in .venv; stamp files make a second run instant.
 # ARGS goes to the command behind a target: make test ARGS="-k cache", make tune ARGS="--grid cpu".
 PYTHON ?= python3
+COMMA := ,
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NEWEST_TRITON := 3.9.0
+# What developers install beside the package: `nvcc` too where the machine has no CUDA toolkit.
+EXTRAS := dev,cuda$(if $(shell command -v nvcc 2>/dev/null),,$(COMMA)nvcc)
 
 .PHONY: tune test gpu newest-triton lint types imports format golden bench clean
 
@@ -18,7 +21,7 @@ gpu: $(VENV)/developed
 	$(BIN)/pytest -m gpu $(ARGS)
 
 newest-triton: $(VENV)/developed $(VENV)/triton-$(NEWEST_TRITON)
-	PYTHONPATH=$(VENV)/triton-$(NEWEST_TRITON) $(BIN)/pytest tests/compile $(ARGS)
+	PYTHONPATH=$(VENV)/triton-$(NEWEST_TRITON) $(BIN)/pytest tests/compile -k "not cuda" $(ARGS)
 
 lint: $(VENV)/developed
 	$(BIN)/ruff check .
@@ -53,7 +56,7 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml
 	touch $@
 
 $(VENV)/developed: $(VENV)/installed
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[$(EXTRAS)]'
 	touch $@
 
 $(VENV)/triton-$(NEWEST_TRITON): $(VENV)/torch

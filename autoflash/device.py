@@ -77,8 +77,12 @@ class Device:
         return f"{self.slug}:{self.arch}:{self.num_sms}{isa}"
 
     def tflops_peak(self, dtype: str) -> float:
-        """The matrix rate for a dtype, in TFLOPS."""
-        return self.tflops_fp32 if dtype == "float32" else self.tflops_16bit
+        """The matrix rate for a dtype, in TFLOPS; 0 where there is no such instruction."""
+        if dtype == "float32":
+            return self.tflops_fp32
+        if dtype.startswith("float8"):  # twice that of 16 bits on every arch that has it
+            return 2 * self.tflops_16bit if self.capability >= 89 else 0.0
+        return self.tflops_16bit
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""

@@ -25,6 +25,9 @@ class Settings:
         tuning_db_dir: reviewed records (AUTOFLASH_TUNING_DB; default: those of the package).
         jobs: compile processes at once (AUTOFLASH_JOBS; default: the cores this process may use).
         cxx: the C++ compiler (AUTOFLASH_CXX; default: g++).
+        nvcc: the CUDA compiler (AUTOFLASH_NVCC; default, as "": searched for, see build/nvcc.py).
+        cutlass: a CUTLASS checkout (AUTOFLASH_CUTLASS; default, as "": the nvidia-cutlass package,
+            else CUTLASS_PATH).
     """
 
     cache_dir: Path
@@ -33,6 +36,8 @@ class Settings:
     tuning_db_dir: Path
     jobs: int
     cxx: str
+    nvcc: str = ""
+    cutlass: str = ""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -47,6 +52,8 @@ class Settings:
             tuning_db_dir=Path(env.get("AUTOFLASH_TUNING_DB") or _data_dir("tuning_db")),
             jobs=_positive_int(env, "AUTOFLASH_JOBS", len(os.sched_getaffinity(0))),
             cxx=env.get("AUTOFLASH_CXX") or "g++",
+            nvcc=env.get("AUTOFLASH_NVCC") or "",
+            cutlass=env.get("AUTOFLASH_CUTLASS") or "",
         )
 
 

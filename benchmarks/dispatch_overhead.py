@@ -22,6 +22,7 @@ from collections.abc import Callable
 import torch
 
 from autoflash import attention, device
+from autoflash.benchmark.runner import attention_options
 from autoflash.codegen import ops
 from autoflash.errors import AutoflashError
 from autoflash.problem import Problem
@@ -62,24 +63,32 @@ def measure(problem: Problem, rounds: int) -> dict[str, object] | None:
     torch.set_num_threads(1)  # or a CPU kernel spends its time waking threads for nothing
     inputs = make_inputs(problem, here)
     q, k, v, causal = inputs.q, inputs.k, inputs.v, problem.causal
-    attention(q, k, v, causal=causal)  # chooses and builds
+    options = attention_options(inputs)
+    attention(q, k, v, **options)  # chooses and builds
     kernel = serving.dispatcher(q.device.type, q.device.index).serve(problem).kernel
     if kernel is None:
         return None
-    launch = kernel.prepare(ops.fwd_scalars((q, k, v, inputs.out)))
+    launch = kernel.prepare(ops.fwd_scalars((q, k, v, inputs.out), "bshd", problem))
     q_address, k_address, v_address, out_address = (
         tensor.data_ptr() for tensor in (q, k, v, inputs.out)
     )
     scale = inputs.softmax_scale
     last = torch.cuda.current_stream().cuda_stream if here.is_cuda else 1
 
+    descales = [descale.data_ptr() for descale in inputs.descales]
+
     def whole() -> None:
-        for _ in range(CALLS):
-            attention(q, k, v, causal=causal)
+        if options.keys() == {"causal"}:  # as most write it; unpacking would take 0.1 us
+            for _ in range(CALLS):
+                attention(q, k, v, causal=causal)
+        else:
+            for _ in range(CALLS):
+                attention(q, k, v, **options)
 
     def bare() -> None:
+        addresses = (q_address, k_address, v_address, out_address, 0, *descales)
         for _ in range(CALLS):
-            launch(q_address, k_address, v_address, out_address, 0, scale, last)
+            launch(*addresses, scale, last)
 
     def finish() -> None:
         if here.is_cuda:

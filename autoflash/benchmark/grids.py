@@ -33,6 +33,28 @@ GRIDS = {
         " b4s4096h32/8d128c b1s16384h32/8d128c",
         "bfloat16",
     ),
+    # Sliding windows from 1/128 of the keys to a quarter; the last two as models have them: Mistral
+    # 7B, and local blocks of an encoder.
+    "fwd-window": _parse(
+        "b4s4096h32d64cw128 b4s4096h32d64cw1024 b1s16384h32d64cw1024 b1s16384h32d64cw4096"
+        " b4s4096h16d128cw128 b4s4096h16d128cw1024 b1s16384h16d128cw1024 b1s16384h16d128cw4096"
+        " b1s16384h32/8d128cw4095 b2s8192h16d64fw128x128",
+        "bfloat16",
+    ),
+    # Gemma 2: softcap 50 in every layer, a window of 4096 in every other one; 9B has head_dim 256,
+    # 27B 128.
+    "fwd-softcap": _parse(
+        "b4s4096h16/8d256ccap50 b1s16384h16/8d256ccap50 b1s16384h16/8d256cw4095cap50"
+        " b4s4096h32/16d128ccap50 b1s16384h32/16d128ccap50",
+        "bfloat16",
+    ),
+    # The papers' shape again, in 8 bits.
+    "fwd-fp8": _parse(
+        "b4s4096h32d64c b1s16384h32d64c b4s4096h32d64f b1s16384h32d64f"
+        " b4s4096h16d128c b1s16384h16d128c b4s4096h16d128f b1s16384h16d128f"
+        " b4s4096h8d256c b1s16384h8d256c b4s4096h8d256f b1s16384h8d256f",
+        "float8_e4m3fn",
+    ),
 }
 """Name -> problems."""
 

@@ -36,7 +36,8 @@ class Row:
             a provider too slow to take part in them.
         speedup_low: lower end of its interval (autoflash.tuning.timing.compare).
         speedup_high: upper end.
-        error_ratio: error in units of that of PyTorch in the same precision; 2 are allowed.
+        error_ratio: error in units of that of PyTorch in the same precision; 2 are allowed, or 3
+            under a softcap.
         clock_mhz: median SM clock while timing, where it can be read.
         power_w: median board power, likewise.
         temperature_c: likewise.

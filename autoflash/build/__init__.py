@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from autoflash.build.kernel import Artifact, Kernel, Launch, Resources
+from autoflash.build.memory import jobs_within_memory
 from autoflash.codegen.template import Source
 from autoflash.device import Device
 from autoflash.errors import BuildError
 
-__all__ = ["Artifact", "Kernel", "Launch", "Resources", "build", "compile_source", "load"]
+__all__ = [
+    "Artifact", "Kernel", "Launch", "Resources", "build", "compile_source", "jobs_within_memory",
+    "load", "missing", "unavailable",
+]  # fmt: skip
 
 
 def compile_source(source: Source, device: Device) -> Artifact:
@@ -26,6 +32,10 @@ def compile_source(source: Source, device: Device) -> Artifact:
         from autoflash.build import cpp
 
         return cpp.compile_source(source, device)
+    if source.language == "cuda":
+        from autoflash.build import cuda
+
+        return cuda.compile_source(source, device)
     raise BuildError(f"{source.template}: there is no builder for language {source.language!r}")
 
 
@@ -35,6 +45,10 @@ def load(artifact: Artifact) -> Kernel:
         from autoflash.build import triton
 
         return triton.load(artifact)
+    if artifact.source.language == "cuda":
+        from autoflash.build import cuda
+
+        return cuda.load(artifact)
     from autoflash.build import cpp
 
     return cpp.load(artifact)
@@ -43,3 +57,31 @@ def load(artifact: Artifact) -> Kernel:
 def build(source: Source, device: Device) -> Kernel:
     """compile_source, then load."""
     return load(compile_source(source, device))
+
+
+def unavailable(language: str) -> str | None:
+    """Why nothing of a language can be compiled here, or None; what is built already still runs.
+
+    Only nvcc and its headers are so often absent that this is asked before anything is tried.
+    """
+    if language != "cuda":
+        return None
+    from autoflash.build import nvcc
+
+    return nvcc.unavailable()
+
+
+def missing(language: str, render: Callable[[], Source], device: Device) -> str | None:
+    """Why a kernel is neither built nor can be built here for want of a compiler, or None.
+
+    Args:
+        language: of its template.
+        render: makes its source; called only where it must be known.
+        device: what for.
+    """
+    reason = unavailable(language)
+    if reason is None:
+        return None
+    from autoflash.build import cuda
+
+    return None if cuda.is_built(render(), device) else reason

@@ -20,17 +20,19 @@ from filelock import FileLock, Timeout
 from autoflash import settings
 from autoflash.errors import CacheError
 
-LOCK_TIMEOUT_S = 300.0
+LOCK_TIMEOUT_S = 900.0
 """Longest wait for another process that builds the same kernel; nvcc may take minutes."""
 
 
-def find_or_make(digest: str, fill: Callable[[Path], None]) -> Path:
+def find_or_make(digest: str, fill: Callable[[Path], None], *, request: str | None = None) -> Path:
     """The directory of a digest, made by `fill` where it does not exist yet.
 
     Args:
         digest: names the content: everything that decides what `fill` writes.
         fill: writes the files into the empty directory that it is given; what it raises
             passes through and leaves nothing behind.
+        request: names what was asked for, without the compiler that answered: `find_built` finds
+            by it what was made last.
 
     Returns:
         A directory that is complete: it was renamed into place after `fill` returned.
@@ -38,8 +40,10 @@ def find_or_make(digest: str, fill: Callable[[Path], None]) -> Path:
     Raises:
         CacheError: no space left, or another process has held the lock for LOCK_TIMEOUT_S.
     """
+    if (found := _directory(settings.get().cache_dir, digest)).is_dir():
+        return found  # also where nothing can be written
     top = root()
-    final = top / "kernels" / digest[:2] / digest
+    final = _directory(top, digest)
     if final.is_dir():
         return final
     locks = top / "locks"
@@ -49,6 +53,8 @@ def find_or_make(digest: str, fill: Callable[[Path], None]) -> Path:
         with FileLock(locks / f"{digest}.lock", timeout=LOCK_TIMEOUT_S):
             if not final.is_dir():
                 _publish(final, fill)
+                if request is not None:
+                    _note(top, request, digest)
     except Timeout:
         raise CacheError(
             f"{locks}/{digest}.lock was held for more than {LOCK_TIMEOUT_S:.0f} s by another "
@@ -62,6 +68,37 @@ def find_or_make(digest: str, fill: Callable[[Path], None]) -> Path:
             ) from error
         raise
     return final
+
+
+def find_built(request: str) -> Path | None:
+    """What was made last for a request, by whatever compiler; None if nothing was.
+
+    A cache can be copied, or shipped, to a machine without compilers, and be read-only there.
+    """
+    top = settings.get().cache_dir
+    try:
+        digest = _index(top, request).read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    found = _directory(top, digest)
+    return found if found.is_dir() else None
+
+
+def _note(top: Path, request: str, digest: str) -> None:
+    """Remember what was made for a request; a reader sees the old note or the new one."""
+    path = _index(top, request)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(f".{uuid.uuid4().hex}")
+    written.write_text(digest + "\n", encoding="ascii")
+    written.rename(path)
+
+
+def _directory(top: Path, digest: str) -> Path:
+    return top / "kernels" / digest[:2] / digest
+
+
+def _index(top: Path, request: str) -> Path:
+    return top / "requests" / request[:2] / request
 
 
 def _publish(final: Path, fill: Callable[[Path], None]) -> None:

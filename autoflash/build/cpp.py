@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import hashlib
-import os
 import re
 import shlex
 import shutil
@@ -13,24 +11,18 @@ import subprocess
 import time
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from autoflash import settings
 from autoflash.build import cache as build_cache
-from autoflash.build.kernel import (
-    Artifact,
-    Kernel,
-    Launch,
-    Resources,
-    read_resources,
-    write_meta,
-)
+from autoflash.build import library
+from autoflash.build.kernel import Artifact, Kernel, Resources, read_resources, write_meta
 from autoflash.codegen import ops
 from autoflash.codegen.template import Source
 from autoflash.device import Device
-from autoflash.errors import BuildError, CompileError, ToolchainMissing
+from autoflash.errors import ToolchainMissing
 
-_SOURCE, _OBJECT, _LIBRARY = "kernel.cpp", "kernel.o", "kernel.so"
+_SOURCE, _OBJECT = "kernel.cpp", "kernel.o"
+_LAST = "int num_threads"
 _BASE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
                "-fno-trapping-math", "-w")  # fmt: skip
 """`-fno-trapping-math` lets a comparison and a choice between floats become one instruction."""
@@ -62,93 +54,47 @@ def compile_source(source: Source, device: Device) -> Artifact:
         ToolchainMissing: there is no compiler, or no ninja.
         CacheError: the result cannot be stored.
     """
-    compiler, version = _compiler(settings.get().cxx)
     flags = (*_BASE_FLAGS, *(_ISA_FLAGS[flag] for flag in device.isa if flag in _ISA_FLAGS))
-    entry = entry_text(ops.get(source.op))
-    parts = (source.digest, entry, version, *flags)
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    entry = library.entry_text(ops.get(source.op), _LAST)
+    request = _digest(source.digest, entry, *flags)
+    try:
+        compiler, version = _compiler(settings.get().cxx)
+    except ToolchainMissing:
+        built = build_cache.find_built(request)
+        if built is None:
+            raise
+        return Artifact(source, device.arch, built.name, built, read_resources(built))
 
     def fill(directory: Path) -> None:
         started = time.perf_counter()
         (directory / _SOURCE).write_text(source.text + entry, encoding="utf-8")
         (directory / "build.ninja").write_text(ninja_text(compiler, version, flags))
-        _run_ninja(directory)
+        library.run_ninja(directory, _ERROR_LINE, COMPILE_TIMEOUT_S)
         resources = Resources(
             compile_s=time.perf_counter() - started,
-            binary_bytes=(directory / _LIBRARY).stat().st_size,
+            binary_bytes=(directory / library.LIBRARY).stat().st_size,
         )
         write_meta(directory, resources, compiler=version, flags=list(flags), arch=device.arch)
 
-    directory = build_cache.find_or_make(digest, fill)
+    digest = _digest(request, version)
+    directory = build_cache.find_or_make(digest, fill, request=request)
     return Artifact(source, device.arch, digest, directory, read_resources(directory))
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def load(artifact: Artifact) -> Kernel:
     """Load a compiled library; the processor must have what it was compiled for."""
     _openmp_runtime()
-    path = artifact.directory / _LIBRARY
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BuildError(
-            f"{path} cannot be loaded: {error}. It is safe to delete {artifact.directory}."
-        ) from error
-    return CppKernel(artifact, library)
-
-
-class CppKernel(Kernel):
-    """A kernel in a shared library with the op's C argument list."""
-
-    def __init__(self, artifact: Artifact, library: ctypes.CDLL) -> None:
-        super().__init__(artifact)
-        op = ops.get(artifact.source.op)
-        self._num_scalars = len(op.scalars)
-        self._launch = library.launch_bound
-        self._launch.restype = ctypes.c_int
-        self._launch.argtypes = [
-            ctypes.c_void_p,
-            *(ctypes.c_void_p for _ in op.pointers),
-            ctypes.c_float,
-            ctypes.c_int,
-        ]
-
-    def prepare(self, scalars: tuple[int, ...]) -> Launch:
-        """Bind sizes and strides: see Kernel.prepare."""
-        assert len(scalars) == self._num_scalars
-        launch, template = self._launch, self.artifact.source.template
-        array = (ctypes.c_int64 * len(scalars))(*scalars)
-        address = ctypes.c_void_p(ctypes.addressof(array))
-
-        def call(*pointers_scale_and_threads: Any) -> None:
-            code = launch(address, *pointers_scale_and_threads)
-            if code:
-                why = _FAILURES.get(code, "its template says what that means")
-                raise BuildError(f"{template}: launch returned {code}: {why}.")
-
-        call.scalars = array  # type: ignore[attr-defined]  # what `address` points to must live on
-        return call
-
-
-def entry_text(op: ops.Op) -> str:
-    """C source of `launch_bound`, which takes sizes and strides as one array.
-
-    ctypes converts argument by argument: a call of the forward costs 8.4 us of Python with its
-    whole list and 1.0 us so (batch 0, one core of a Zen 4 at 3.6 GHz).
-    """
-    pointers = "".join(
-        f", {_C_POINTERS[argument.kind]} {argument.name}" for argument in op.pointers
-    )
-    passed = [argument.name for argument in op.pointers]
-    passed += [f"({argument.kind}_t)scalars[{i}]" for i, argument in enumerate(op.scalars)]
-    return (
-        "\n// Sizes and strides as one array, for a cheaper call from Python.\n"
-        f'extern "C" int launch_bound(const int64_t* scalars{pointers}, float softmax_scale, '
-        "int num_threads) {\n"
-        f"  return launch({', '.join(passed)}, softmax_scale, num_threads);\n}}\n"
+    return library.LibraryKernel(
+        artifact, library.open_library(artifact.directory), _LAST, _meaning
     )
 
 
-_C_POINTERS = {"input": "const void*", "output": "void*", "output_float32": "float*"}
+def _meaning(code: int) -> str:
+    return _FAILURES.get(code, "its template says what that means")
 
 
 # The compiler ---------------------------------------------------------------------------------
@@ -174,22 +120,6 @@ def _compiler(command: str) -> tuple[str, str]:
     return shlex.join([found, *words[1:]]), done.stdout.partition("\n")[0].strip()
 
 
-@cache
-def _ninja() -> str:
-    try:
-        import ninja
-
-        packaged = Path(ninja.BIN_DIR) / "ninja"
-        if packaged.is_file():
-            return str(packaged)
-    except ImportError:
-        pass
-    found = shutil.which("ninja")
-    if found is None:
-        raise ToolchainMissing("ninja is not installed: pip install ninja.")
-    return found
-
-
 def ninja_text(compiler: str, version: str, flags: tuple[str, ...]) -> str:
     """The build.ninja of one kernel.
 
@@ -211,33 +141,11 @@ def ninja_text(compiler: str, version: str, flags: tuple[str, ...]) -> str:
             f"  command = $cxx -shared{link_flags} $in -o $out",
             "",
             f"build {_OBJECT}: compile {_SOURCE}",
-            f"build {_LIBRARY}: link {_OBJECT}",
-            f"default {_LIBRARY}",
+            f"build {library.LIBRARY}: link {_OBJECT}",
+            f"default {library.LIBRARY}",
             "",
         )
     )
-
-
-def _run_ninja(directory: Path) -> None:
-    try:
-        done = subprocess.run(
-            [_ninja(), "-C", str(directory)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=COMPILE_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise CompileError(
-            f"the compiler has not finished after {COMPILE_TIMEOUT_S:.0f} s", str(error.output)
-        ) from None
-    if done.returncode:
-        if (full := os.strerror(errno.ENOSPC)) in done.stdout:
-            raise OSError(errno.ENOSPC, full, str(directory))  # the cache says what to do about it
-        first = _ERROR_LINE.search(done.stdout)
-        lines = done.stdout.strip().splitlines() or [f"ninja exited with {done.returncode}"]
-        raise CompileError(first.group() if first else lines[-1], done.stdout)
 
 
 # OpenMP ---------------------------------------------------------------------------------------

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoflash.codegen import ops
 from autoflash.codegen.template import Source
+from autoflash.problem import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +21,8 @@ Launch = Callable[..., None]
 """Launches a kernel whose sizes and strides are bound.
 
 Called as launch(*pointers, softmax_scale, last): the addresses of the op's tensors in order (0
-for an `lse` that is not wanted), the scale, then the CUDA stream handle, or the number of threads
-on a CPU. It does not check anything.
+for one that may be null, such as an `lse` that is not wanted), the scale, then the CUDA stream
+handle, or the number of threads on a CPU. It does not check anything.
 """
 
 
@@ -34,8 +35,10 @@ class Resources:
         binary_bytes: size of the binary.
         registers: 32-bit registers per thread.
         spill_bytes: bytes per thread that did not fit in registers.
-        smem_bytes: shared memory per thread block.
+        smem_bytes: shared memory per thread block, static and dynamic.
         num_threads: threads per thread block.
+        spill_load_bytes: bytes per thread that instructions read back of what was spilled.
+        stack_bytes: local memory per thread: spills, and arrays that are indexed by variables.
     """
 
     compile_s: float
@@ -44,6 +47,8 @@ class Resources:
     spill_bytes: int | None = None
     smem_bytes: int | None = None
     num_threads: int | None = None
+    spill_load_bytes: int | None = None
+    stack_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
@@ -100,11 +105,11 @@ class Kernel(ABC):
         return self.artifact.resources
 
     @abstractmethod
-    def prepare(self, scalars: tuple[int, ...]) -> Launch:
-        """Bind sizes and strides.
+    def prepare(self, scalars: tuple[int | float, ...]) -> Launch:
+        """Bind sizes, strides and whatever else the op binds.
 
         Args:
-            scalars: the op's sizes and strides in order (ops.fwd_scalars).
+            scalars: the op's scalars in order (ops.fwd_scalars).
 
         Returns:
             What to call with addresses, softmax_scale and stream (or number of threads). All
@@ -120,6 +125,9 @@ class Kernel(ABC):
         lse: torch.Tensor | None,
         softmax_scale: float,
         layout: str = "bshd",
+        *,
+        problem: Problem | None = None,
+        descales: Sequence[torch.Tensor | None] = (),
     ) -> None:
         """Run once on the current stream: for tests and tuning, not the hot path.
 
@@ -131,14 +139,18 @@ class Kernel(ABC):
             lse: (batch, num_heads, seqlen_q) float32 contiguous, overwritten; or None.
             softmax_scale: factor of the scores before the softmax.
             layout: "bshd" or "bhsd", of all four.
+            problem: whose sliding window and softcap hold; None: neither.
+            descales: of q, k and v, (batch, num_kv_heads) float32 contiguous each, for an op that
+                takes them; None among them, or none given: 1.
         """
         import torch
 
-        launch = self.prepare(ops.fwd_scalars((q, k, v, out), layout))
-        pointers = [t.data_ptr() for t in (q, k, v, out)]
-        lse_pointer = 0 if lse is None else lse.data_ptr()
+        launch = self.prepare(ops.fwd_scalars((q, k, v, out), layout, problem))
+        tensors = [q, k, v, out, lse, *descales]
+        tensors += [None] * (len(ops.get(self.artifact.source.op).pointers) - len(tensors))
+        pointers = [0 if t is None else t.data_ptr() for t in tensors]
         if q.device.type == "cuda":
             last = torch.cuda.current_stream(q.device).cuda_stream
         else:
             last = torch.get_num_threads()
-        launch(*pointers, lse_pointer, softmax_scale, last)
+        launch(*pointers, softmax_scale, last)

@@ -277,8 +277,8 @@ class _Compiled(Kernel):
                 f"{artifact.source.template} for {artifact.arch} cannot be loaded here: {error}"
             ) from error
 
-    def prepare(self, scalars: tuple[int, ...]) -> Launch:
-        """Bind sizes and strides; the stream given to the launch must be torch's current one."""
+    def prepare(self, scalars: tuple[int | float, ...]) -> Launch:
+        """Bind sizes, strides and the cap; the stream given must be torch's current one."""
         x, y, z = (*self._grid(*scalars[:5]), 1, 1)[:3]
         if x * y * z == 0:
             return _nothing
@@ -324,8 +324,8 @@ class _Interpreted(Kernel):
         module = _import(artifact.directory / SOURCE, f"autoflash_{artifact.digest[:16]}")
         self._grid, self._kernel = module.grid, module.kernel
 
-    def prepare(self, scalars: tuple[int, ...]) -> Launch:
-        """Bind sizes and strides."""
+    def prepare(self, scalars: tuple[int | float, ...]) -> Launch:
+        """Bind sizes, strides and the cap."""
         grid = self._grid(*scalars[:5])
         kinds = [argument.kind for argument in ops.get(self.artifact.source.op).pointers]
 
@@ -334,7 +334,7 @@ class _Interpreted(Kernel):
 
             element = getattr(torch, self.artifact.source.dtype)
             pointers = [
-                _Address(address, torch.float32 if kind == "output_float32" else element)
+                _Address(address, torch.float32 if kind.endswith("_float32") else element)
                 for address, kind in zip(args, kinds, strict=False)
             ]
             self._kernel[grid](*pointers, *scalars, args[-2])

@@ -85,8 +85,8 @@ def diagnose() -> Diagnosis:
     gpu = isinstance(device, Device) and device.is_cuda
     probes: tuple[Callable[[], Finding], ...] = (
         _python, _torch, lambda: _gpu(device), _cpu, _triton, lambda: _triton_compiler(gpu),
-        _libraries, _cxx, _ninja, _nvcc, _cache, _database, _templates, lambda: _packs(device),
-        _peers,
+        _libraries, _cxx, _ninja, lambda: _nvcc(gpu), _cache, _database, _templates,
+        lambda: _packs(device), _peers,
     )  # fmt: skip
     findings = tuple(_safely(probe) for probe in probes)
     ok = {finding.what for finding in findings if finding.status == "ok"}
@@ -242,17 +242,32 @@ def _ninja() -> Finding:
     return Finding("ninja", "ok", program or "the Python package")
 
 
-def _nvcc() -> Finding:
-    program = shutil.which("nvcc")
-    if program:
-        release = [line for line in _output(program, "--version").splitlines() if "release" in line]
-        return Finding("nvcc", "ok", f"{program} {release[0].strip() if release else ''}".rstrip())
-    cuda = [t.name for t in _catalog_or_empty() if t.language == "cuda"]
-    if cuda:
-        costs = f"{', '.join(cuda)} cannot be built here; what was built elsewhere still runs"
-        step = "install the CUDA toolkit and put nvcc on PATH"
-        return Finding("nvcc", "missing", "not on PATH", costs, step)
-    return Finding("nvcc", "absent", "not on PATH", "nothing here: no installed template needs it")
+def _nvcc(gpu: bool) -> Finding:
+    """One of three states: CUDA kernels can be built; those built elsewhere run; neither."""
+    from autoflash.build import cuda, nvcc
+
+    cuda_templates = [t.name for t in _catalog_or_empty() if t.language == "cuda"]
+    lacks = nvcc.unavailable()
+    if lacks is None:
+        compiler, headers = nvcc.compiler(), nvcc.headers()
+        found = f"{compiler.command} {compiler.version}, CUTLASS {headers.version}"
+        return Finding("nvcc", "ok", f"can build: {found}")
+    built = cuda.built_kernels()
+    listed = ", ".join(f"{count} for {arch}" for arch, count in sorted(built.items()))
+    state = f"binaries only: {listed}" if built else "neither a compiler nor built kernels"
+    found = f"{state}; it would take {lacks}"
+    if not cuda_templates:
+        return Finding("nvcc", "absent", found, "nothing here: no installed template needs it")
+    names = ", ".join(cuda_templates)
+    if built:
+        costs = f"{names}: what is built runs, nothing else can be built or tuned"
+    else:
+        costs = f"{names} cannot be built; other templates serve instead"
+    step = (
+        "pip install 'autoflash[cuda,nvcc]' and g++, or install the CUDA toolkit, or copy the "
+        "cache directory of a machine with a GPU of this kind that has them"
+    )
+    return Finding("nvcc", "missing" if gpu else "absent", found, costs, step)
 
 
 def _cache() -> Finding:

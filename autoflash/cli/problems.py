@@ -70,6 +70,17 @@ class Selection:
     causal: Annotated[
         bool | None, _option("--causal/--full", "One mask only; both if neither is given.")
     ] = None
+    window: Annotated[
+        str | None,
+        _option(
+            "--window",
+            "Keys seen before a row's own, and after it where it is not causal; inf is all.",
+            "LEFT[,RIGHT]",
+        ),
+    ] = None
+    softcap: Annotated[
+        str | None, _option("--softcap", "Scores are capped to this; 0 is off.", "X,X...")
+    ] = None
 
     def problems(self, device: Device) -> list[Problem]:
         """The problems asked for, without repeats, in the order of the options.
@@ -111,10 +122,19 @@ class Selection:
             )
             and (self.dtype is None or problem.dtype in words(self.dtype))
             and (self.causal is None or problem.causal == self.causal)
+            and (self.window is None or self._has_window(problem))
+            and (self.softcap is None or problem.softcap in self._softcaps)
         )
 
+    def _has_window(self, problem: Problem) -> bool:
+        left, right = self._window
+        if right and problem.causal:
+            return False
+        asked = dataclasses.replace(problem, window_left=left, window_right=right)
+        return asked == problem
+
     def _shapes(self) -> list[Problem]:
-        sizes = [option for option in _FIELDS if self._given(option)]
+        sizes = [option for option in (*_FIELDS, "window", "softcap") if self._given(option)]
         if self.shape and sizes and not (self.grid or self.file):
             raise InvalidInput(
                 f"--{sizes[0].replace('_', '-')} says nothing beside --shape {self.shape[0]}, "
@@ -126,9 +146,17 @@ class Selection:
     def _product(self, device: Device) -> list[Problem]:
         gpu = device.is_cuda
         masks = (True, False) if self.causal is None else (self.causal,)
+        left, right = self._window
+        if right:  # a row that sees keys after its own is not causal
+            if self.causal:
+                raise InvalidInput(
+                    f"--window {self.window} sees {right} keys after a row's own and --causal "
+                    "none: leave one of them away."
+                )
+            masks = (False,)
         dtypes = words(self.dtype or ("bfloat16" if gpu else "float32,bfloat16"))
         chosen = []
-        for dtype, dim, dim_v, rows, keys, batch, heads, kv_heads, causal in itertools.product(
+        combinations = itertools.product(
             dtypes,
             self._numbers("head_dim") or [64],
             self._numbers("head_dim_v") or [0],
@@ -138,7 +166,11 @@ class Selection:
             self._numbers("heads") or _USUAL,
             self._numbers("kv_heads") or _USUAL,
             masks,
-        ):
+            self._softcaps or [0.0],
+        )
+        for (
+            dtype, dim, dim_v, rows, keys, batch, heads, kv_heads, causal, softcap
+        ) in combinations:  # fmt: skip
             usual_batch = max(1, _GPU_TOKENS // max(rows, 1)) if gpu else 1
             usual_heads = max(1, _GPU_HIDDEN // max(dim, 1)) if gpu else 8
             if kv_heads:  # a multiple of what was asked for
@@ -154,13 +186,17 @@ class Selection:
                 head_dim=dim,
                 head_dim_v=dim_v,
                 causal=causal,
+                window_left=left,
+                window_right=right,
+                softcap=softcap,
             )
             chosen.append(problem)
         return chosen
 
     @property
     def _sizes_given(self) -> bool:
-        return any(self._given(name) for name in (*_FIELDS, "dtype", "causal"))
+        names = (*_FIELDS, "dtype", "causal", "window", "softcap")
+        return any(self._given(name) for name in names)
 
     def _given(self, name: str) -> bool:
         return getattr(self, name) not in (None, [], ())
@@ -168,6 +204,30 @@ class Selection:
     def _numbers(self, option: str) -> list[int]:
         text = getattr(self, option)
         return [_whole(option, word) for word in words(text)] if text is not None else []
+
+    @property
+    def _window(self) -> tuple[int | None, int | None]:
+        if self.window is None:
+            return None, None
+        ends = words(self.window)
+        if len(ends) not in (1, 2):
+            raise InvalidInput(
+                f"--window {self.window!r} is not LEFT or LEFT,RIGHT, such as 1023 or 512,128."
+            )
+        left, right = (_end(word) for word in (*ends, "inf")[:2])
+        return left, right
+
+    @property
+    def _softcaps(self) -> list[float]:
+        found = []
+        for word in words(self.softcap or ""):
+            try:
+                found.append(float(word))
+            except ValueError:
+                raise InvalidInput(
+                    f"--softcap {word!r} is not a number; several are separated by commas."
+                ) from None
+        return found
 
 
 _FIELDS = {
@@ -231,6 +291,11 @@ def _of_grid(name: str | Path | None) -> tuple[Problem, ...]:
 def words(text: str) -> list[str]:
     """The parts of a comma list."""
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _end(word: str) -> int | None:
+    """One side of a window: None is unbounded, which FlashAttention's users write as -1."""
+    return None if word in ("inf", "-1") else _whole("window", word)
 
 
 def _whole(option: str, word: str) -> int:

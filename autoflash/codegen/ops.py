@@ -1,8 +1,9 @@
 """The argument list of each op, once: C parameters, Triton signature and launch scalars agree.
 
 Every kernel of an op takes the same arguments in the same order, whatever its language: pointers,
-then sizes and strides (in elements), then `softmax_scale`, then one word that depends on where it
-runs (`stream` on a GPU, `num_threads` on a CPU).
+then sizes, strides (in elements) and the cap of scores, which are bound when a kernel is prepared
+for a shape, then `softmax_scale`, then one word that depends on where it runs (`stream` on a GPU,
+`num_threads` on a CPU).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autoflash.errors import UnknownName
+from autoflash.problem import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,8 +26,9 @@ class Argument:
 
     Attributes:
         name: as templates use it.
-        kind: "input" or "output" (pointer to the problem's dtype), "output_float32" (pointer
-            that may be null), "int32", "int64" or "float32".
+        kind: "input" (pointer to the problem's dtype), "output" (to its out_dtype),
+            "input_float32" or "output_float32" (pointers that may be null), "int32", "int64",
+            "float32", or "scale": a float32 that is given with every call.
     """
 
     name: str
@@ -35,10 +38,12 @@ class Argument:
 _C_TYPES = {
     "input": "const void*",
     "output": "void*",
+    "input_float32": "const float*",
     "output_float32": "float*",
     "int32": "int32_t",
     "int64": "int64_t",
     "float32": "float",
+    "scale": "float",
 }
 _TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
@@ -62,8 +67,8 @@ class Op:
 
     @property
     def scalars(self) -> tuple[Argument, ...]:
-        """Sizes and strides: fixed once the shapes are known."""
-        return tuple(arg for arg in self.arguments if arg.kind in ("int32", "int64"))
+        """Sizes, strides and the cap: fixed once the Problem is known."""
+        return tuple(arg for arg in self.arguments if arg.kind in _BOUND)
 
     @property
     def python_parameters(self) -> str:
@@ -81,15 +86,18 @@ class Op:
         types = {
             "input": f"*{element}",
             "output": f"*{element}",
+            "input_float32": "*fp32",
             "output_float32": "*fp32",
             "int32": "i32",
             "int64": "i64",
             "float32": "fp32",
+            "scale": "fp32",
         }
         return {arg.name: types[arg.kind] for arg in self.arguments}
 
 
-_POINTERS = ("input", "output", "output_float32")
+_POINTERS = ("input", "output", "input_float32", "output_float32")
+_BOUND = ("int32", "int64", "float32")
 LAYOUT_AXES = {"bshd": (0, 1, 2), "bhsd": (0, 2, 1)}
 """Where batch, seqlen and heads lie among a tensor's dimensions; head_dim is always last."""
 
@@ -98,28 +106,41 @@ def _strides(tensor: str) -> tuple[Argument, ...]:
     return tuple(Argument(f"{tensor}_stride_{axis}", "int64") for axis in ("batch", "seq", "head"))
 
 
-FWD = Op(
-    "fwd",
+_LSE = Argument("lse", "output_float32")
+"""(batch, num_heads, seqlen_q) contiguous, natural logarithm; null: not wanted."""
+
+_TENSORS = (Argument("q", "input"), Argument("k", "input"), Argument("v", "input"),
+            Argument("out", "output"), _LSE)  # fmt: skip
+_SCALARS = (
+    Argument("batch", "int32"),
+    Argument("seqlen_q", "int32"),
+    Argument("seqlen_k", "int32"),
+    Argument("num_heads", "int32"),
+    Argument("num_kv_heads", "int32"),
+    # Query row i sees keys from i + seqlen_k - seqlen_q - window_left to i + seqlen_k - seqlen_q +
+    # window_right, both included. Kernels of a Problem that is not `local` need not read them.
+    Argument("window_left", "int32"),
+    Argument("window_right", "int32"),
+    *_strides("q"),
+    *_strides("k"),
+    *_strides("v"),
+    *_strides("out"),
+    Argument("softcap", "float32"),
+    Argument("softmax_scale", "scale"),
+)
+FWD = Op("fwd", (*_TENSORS, *_SCALARS))
+FWD_FP8 = Op(
+    "fwd_fp8",
     (
-        Argument("q", "input"),
-        Argument("k", "input"),
-        Argument("v", "input"),
-        Argument("out", "output"),
-        # (batch, num_heads, seqlen_q) contiguous, natural logarithm; null: not wanted.
-        Argument("lse", "output_float32"),
-        Argument("batch", "int32"),
-        Argument("seqlen_q", "int32"),
-        Argument("seqlen_k", "int32"),
-        Argument("num_heads", "int32"),
-        Argument("num_kv_heads", "int32"),
-        *_strides("q"),
-        *_strides("k"),
-        *_strides("v"),
-        *_strides("out"),
-        Argument("softmax_scale", "float32"),
+        *_TENSORS,
+        # (batch, num_kv_heads) contiguous: factor of what is stored of q, k and v; null: 1.
+        Argument("q_descale", "input_float32"),
+        Argument("k_descale", "input_float32"),
+        Argument("v_descale", "input_float32"),
+        *_SCALARS,
     ),
 )
-OPS = {op.name: op for op in (FWD,)}
+OPS = {op.name: op for op in (FWD, FWD_FP8)}
 
 
 def get(name: str) -> Op:
@@ -129,17 +150,28 @@ def get(name: str) -> Op:
     return OPS[name]
 
 
-def fwd_scalars(tensors: Sequence[torch.Tensor], layout: str = "bshd") -> tuple[int, ...]:
-    """Sizes and strides of a forward call, in the order of FWD.scalars.
+def fwd_scalars(
+    tensors: Sequence[torch.Tensor], layout: str = "bshd", problem: Problem | None = None
+) -> tuple[int | float, ...]:
+    """What is bound of a forward call, in the order of FWD.scalars (and FWD_FP8.scalars).
 
     Args:
         tensors: q, k, v, out, each of four dimensions in `layout`.
         layout: "bshd" or "bhsd".
+        problem: whose mask and softcap hold; None: no window, no softcap. Sizes and strides are
+            those of the tensors.
     """
     b, s, h = LAYOUT_AXES[layout]
     q, k = tensors[0].shape, tensors[1].shape
-    scalars = [q[b], q[s], k[s], q[h], k[h]]
+    # An unbounded side reaches over everything, so that no number is special.
+    left, right, softcap = k[s], q[s], 0.0
+    if problem is not None:
+        left = left if problem.window_left is None else problem.window_left
+        right = right if problem.window_right is None else problem.window_right
+        right = 0 if problem.causal else right
+        softcap = problem.softcap
+    scalars: list[int | float] = [q[b], q[s], k[s], q[h], k[h], left, right]
     for tensor in tensors:
         stride = tensor.stride()
         scalars += (stride[b], stride[s], stride[h])
-    return tuple(scalars)
+    return (*scalars, softcap)

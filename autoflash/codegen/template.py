@@ -40,6 +40,7 @@ _KEYS = {
     "source": str,
     "op": str,
     "accepts": dict,
+    "yields": dict,
     "facts": dict,
     "tunables": dict,
     "default": dict,
@@ -105,6 +106,7 @@ class Template:
         source: the paper section or file whose idea it follows.
         op: which argument list it implements (codegen/ops.py).
         accepts: what a problem and device must satisfy: message -> expression.
+        yields: where its default stands back for those of other templates: message -> expression.
         facts: name -> expression of problem and device; each may use those above it.
         tunables: name -> choices.
         default: name -> value, or an expression of facts, problem and device.
@@ -125,6 +127,7 @@ class Template:
     source: str
     op: str
     accepts: Mapping[str, str]
+    yields: Mapping[str, str]
     facts: Mapping[str, str]
     tunables: Mapping[str, tuple[Value, ...]]
     default: Mapping[str, Value]
@@ -148,6 +151,14 @@ class Template:
         scope = self._facts(problem, device)
         for message, expression in self.accepts.items():
             if not self._evaluate(expression, scope, f'accepts "{message}"'):
+                return message
+        return None
+
+    def gives_way(self, problem: Problem, device: Device) -> str | None:
+        """Why the default of another template is likely faster here; None if it is not."""
+        scope = self._facts(problem, device)
+        for message, expression in self.yields.items():
+            if self._evaluate(expression, scope, f'yields "{message}"'):
                 return message
         return None
 
@@ -346,6 +357,7 @@ class Template:
         """Every (what it is, expression) of the declaration."""
         for kind, table in (
             ("accepts", self.accepts),
+            ("yields", self.yields),
             ("fact", self.facts),
             ("derived", self.derived),
             ("constraint", self.constraints),
@@ -392,6 +404,7 @@ def load(path: Path, root: Path, env: jinja2.Environment) -> Template:
         source=declaration["source"],
         op=declaration["op"],
         accepts=declaration["accepts"],
+        yields=declaration.get("yields", {}),
         facts=declaration.get("facts", {}),
         tunables=tunables,
         default=declaration["default"],
@@ -464,7 +477,7 @@ def _check(template: Template) -> None:
         names = jinja2.meta.find_undeclared_variables(
             template._environment.parse("{{ " + expression + " }}")
         )
-        known = given if what.startswith(("accepts", "fact", "default")) else every
+        known = given if what.startswith(("accepts", "yields", "fact", "default")) else every
         if unknown := names - known:
             message = f"{what}: {UnknownName.of('name', min(unknown), known)}"
             raise TemplateError(path, _line_of(path, expression), message)

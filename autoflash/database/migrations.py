@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
@@ -113,7 +115,46 @@ def m001_initial(op: Operations) -> None:
     op.create_index("best_arch", "best", ["arch"])
 
 
-MIGRATIONS: list[Callable[[Operations], None]] = [m001_initial]
+def m002_windows(op: Operations) -> None:
+    """Sliding windows and softcap: fields of every problem, unbounded and off in former records.
+
+    A trial's digest is that of its record. Both are written anew, so that a record that is loaded
+    or merged from elsewhere is still known to be stored.
+    """
+    for table in ("trial", "best"):
+        op.add_column(table, sa.Column("window_left", sa.BigInteger))
+        op.add_column(table, sa.Column("window_right", sa.BigInteger))
+        op.add_column(table, sa.Column("softcap", sa.Double, nullable=False, server_default="0"))
+    if op.get_context().as_sql:  # rows cannot be read when a script is written
+        return
+    connection = op.get_bind()
+    added = {"window_left": None, "window_right": None, "softcap": 0.0}
+    trial = sa.table("trial", sa.column("id"), sa.column("digest"), sa.column("record"))
+    best = sa.table("best", sa.column("problem"), sa.column("device_key"), sa.column("record"))
+    for row in connection.execute(sa.select(trial.c.id, trial.c.record)).all():
+        if (text := _with_problem_fields(row.record, added)) is not None:
+            values = {"record": text, "digest": hashlib.sha256(text.encode()).hexdigest()}
+            connection.execute(sa.update(trial).where(trial.c.id == row.id).values(values))
+    for row in connection.execute(sa.select(best)).all():
+        if (text := _with_problem_fields(row.record, added)) is not None:
+            here = (best.c.problem == row.problem) & (best.c.device_key == row.device_key)
+            connection.execute(sa.update(best).where(here).values(record=text))
+
+
+def _with_problem_fields(text: str, added: Mapping[str, Any]) -> str | None:
+    """A record's text with fields added to its problem; None where it is no record's."""
+    try:
+        record = json.loads(text)
+        record["problem"] = {**added, **record["problem"]}
+        made = json.dumps(
+            record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        )
+        return made.encode().decode()
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None  # damaged: readers leave it out and say so
+
+
+MIGRATIONS: list[Callable[[Operations], None]] = [m001_initial, m002_windows]
 """In order: the n-th makes version n of version n - 1. One that was released is never changed."""
 
 

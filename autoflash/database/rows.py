@@ -195,5 +195,5 @@ def sort_key(record: Record) -> tuple[Any, ...]:
 
 def _problem_order(problem: Problem) -> tuple[Any, ...]:
     return (problem.op, problem.dtype, problem.head_dim, problem.head_dim_v, problem.causal,
-            problem.seqlen_q, problem.seqlen_k, problem.batch, problem.num_heads,
-            problem.num_kv_heads, problem.name)  # fmt: skip
+            problem.local, problem.softcap, problem.seqlen_q, problem.seqlen_k, problem.batch,
+            problem.num_heads, problem.num_kv_heads, problem.name)  # fmt: skip

@@ -68,6 +68,9 @@ def _problem_columns() -> list[sa.Column[object]]:
         sa.Column("head_dim", sa.BigInteger, nullable=False),
         sa.Column("head_dim_v", sa.BigInteger, nullable=False),
         sa.Column("causal", sa.Boolean, nullable=False),
+        sa.Column("window_left", sa.BigInteger),
+        sa.Column("window_right", sa.BigInteger),
+        sa.Column("softcap", sa.Double, nullable=False, server_default="0"),
         sa.Column("aligned", sa.Boolean, nullable=False),
     ]
 

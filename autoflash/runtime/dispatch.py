@@ -16,7 +16,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from functools import partial
+from typing import NamedTuple, TypeVar, cast
 
 from autoflash import build
 from autoflash.build import Kernel
@@ -44,7 +45,8 @@ MOST_ANSWERS = 4096
 FAMILIES = ("cuda", "gluon", "triton", "cpp")
 """Which default is tried first where several templates accept: the more specialised, then by name.
 
-Families that are not listed come last.
+Families that are not listed come last, and after them templates that say that they are slow here
+(`yields`).
 """
 
 
@@ -65,6 +67,14 @@ class Choice:
     config: Config
     record: Record | None
     reason: str
+
+
+class _Default(NamedTuple):
+    """What a template serves without a record: what that is, and whether others go first."""
+
+    config: Config
+    what: str
+    gives_way: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +127,8 @@ class Dispatcher:
         records: what was learned, or a function that reads it, called on the first problem.
         catalog: the templates.
         build_kernel: turns rendered source into a kernel on that device.
+        missing: why a kernel is neither built nor can be built here, by its language, what renders
+            its source, and the device; None if it can be had.
     """
 
     def __init__(
@@ -125,15 +137,19 @@ class Dispatcher:
         records: Iterable[Record] | Callable[[], Iterable[Record]],
         catalog: Catalog,
         build_kernel: Callable[[Source, Device], Kernel] = build.build,
+        missing: Callable[[str, Callable[[], Source], Device], str | None] = build.missing,
     ) -> None:
         self.device = device
         self.catalog = catalog
         self._records = records
         self._build = build_kernel
+        self._missing = missing
         self._lock = threading.RLock()
         self._index: Index | None = None
         # What a kernel is compiled for -> the kernel, or why there is none.
         self._kernels: dict[tuple[Config, tuple[object, ...]], Kernel | str] = {}
+        # Likewise -> whether it lacks a compiler, and why.
+        self._lacks: dict[tuple[Config, tuple[object, ...]], str | None] = {}
         # (template, config, what it sees of a problem) -> why it cannot serve, or its default.
         self._answers: dict[tuple[object, ...], object] = {}
 
@@ -153,6 +169,7 @@ class Dispatcher:
         with self._lock:
             self._index = None
             self._kernels = {k: v for k, v in self._kernels.items() if not isinstance(v, str)}
+            self._lacks.clear()
 
     def after_fork(self) -> None:
         """Take a new lock: a thread of the parent process may have held the old one."""
@@ -162,9 +179,42 @@ class Dispatcher:
         """Every config worth building for a problem, best first; none means PyTorch."""
         if (learned := self._learned(problem)) is not None:
             yield learned
+        later: list[Choice] = []
         for template in sorted(self.catalog.templates.values(), key=_family):
-            if (found := self._default(template, problem)) is not None:
-                yield Choice("default", template, found[0], None, found[1])
+            found = self._default(template, problem)
+            if found is None or self._lack(template, found.config, problem) is not None:
+                continue
+            choice = Choice("default", template, found.config, None, found.what)
+            if found.gives_way is None:
+                yield choice
+            else:
+                later.append(choice)
+        yield from later
+
+    def lacking(self, problem: Problem) -> dict[str, str]:
+        """Template name -> the compiler it lacks, for those that would serve with their default."""
+        found: dict[str, str] = {}
+        for name, template in self.catalog.templates.items():
+            default = self._default(template, problem)
+            lack = default and self._lack(template, default.config, problem)
+            if lack:
+                found[name] = lack
+        return found
+
+    def _lack(self, template: Template, config: Config, problem: Problem) -> str | None:
+        """Why a kernel cannot be had on this machine for want of a compiler; None if it can.
+
+        Where there is none, a family that needs it stands back for the next without a warning:
+        most machines have no nvcc, and lose nothing that they ever had.
+        """
+        key = (config, _traits(problem))
+        if key not in self._lacks:
+            render = partial(template.render, config, problem, self.device)
+            try:
+                self._lacks[key] = self._missing(template.language, render, self.device)
+            except Exception:  # building it meets that again, and says so
+                self._lacks[key] = None
+        return self._lacks[key]
 
     def infeasible(self, record: Record, problem: Problem) -> str | None:
         """Why the config of a record that holds cannot serve `problem` here; None if it can."""
@@ -174,19 +224,21 @@ class Dispatcher:
             refusal = template.refusal(problem, self.device)
             return refusal or template.broken(config, problem, self.device)
 
-        return self._remembered(template, config, problem, ask)
+        refusal = self._remembered(template, config, problem, ask)
+        return refusal or self._lack(template, config, problem)
 
-    def _default(self, template: Template, problem: Problem) -> tuple[Config, str] | None:
-        """What serves without a record, and what that is; None if the template refuses."""
+    def _default(self, template: Template, problem: Problem) -> _Default | None:
+        """What serves without a record; None if the template refuses."""
 
-        def ask() -> tuple[Config, str] | None:
+        def ask() -> _Default | None:
             if template.refusal(problem, self.device) is not None:
                 return None
+            gives_way = template.gives_way(problem, self.device)
             config = template.default_config(problem, self.device)
             if template.broken(config, problem, self.device) is None:
-                return config, "the template's default"
+                return _Default(config, "the template's default", gives_way)
             seeds = template.seed_configs(problem, self.device)
-            return (seeds[0], "the template's first seed") if seeds else None
+            return _Default(seeds[0], "the template's first seed", gives_way) if seeds else None
 
         return self._remembered(template, None, problem, ask)
 
@@ -257,11 +309,12 @@ class Dispatcher:
 
     def refusal(self, problem: Problem) -> str:
         """Why no template serves a problem on this device."""
-        refused = self.catalog.refusals(problem, self.device)
+        refused = {**self.catalog.refusals(problem, self.device), **self.lacking(problem)}
         listed = [f"{name} needs: {reason}" for name, reason in refused.items()]
         listed += [
             f"{template.name} has no feasible default or seed"
             for template in self.catalog.serving(problem, self.device)
+            if template.name not in refused
         ]
         return "; ".join(listed) or "there are no templates"
 
@@ -346,6 +399,7 @@ def _group(problem: Problem) -> tuple[object, ...]:
     """What must agree for Problem.distance to be finite."""
     return (
         problem.op, problem.element_size, problem.head_dim, problem.head_dim_v, problem.causal,
+        problem.local, problem.softcapped,
     )  # fmt: skip
 
 

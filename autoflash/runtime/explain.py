@@ -55,7 +55,8 @@ class Explanation:
         reason: one line saying why.
         next: (rule, config, reason) of what is tried where the kernel cannot be built.
         nearest: the nearest other records, nearest first.
-        refused: template name -> why it does not accept the problem on this device.
+        refused: template name -> why it does not accept the problem on this device, or which
+            compiler this machine lacks for it.
         rejected: (record, reason) of records of the same kind that do not hold any more, or
             whose config is not feasible for this problem.
     """
@@ -127,7 +128,7 @@ def explain(
         reason=first.reason if first else asked.refusal(problem),
         next=[(choice.rule, choice.config, choice.reason) for choice in choices[1:]],
         nearest=[_neighbour(asked, problem, record) for record in others[:count]],
-        refused=asked.catalog.refusals(problem, asked.device),
+        refused={**asked.catalog.refusals(problem, asked.device), **asked.lacking(problem)},
         rejected=[
             *((r, why) for r, why in index.rejected if math.isfinite(problem.distance(r.problem))),
             *_infeasible(asked, problem),

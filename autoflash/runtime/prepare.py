@@ -13,11 +13,17 @@ from torch import Tensor
 
 from autoflash.build import Kernel
 from autoflash.codegen import ops
-from autoflash.runtime import fallback, request
+from autoflash.problem import Problem
+from autoflash.runtime import fallback, options, request
+from autoflash.runtime.options import Window
+from autoflash.runtime.request import UNSCALED, Descales
 
 Result = Tensor | tuple[Tensor, Tensor]
-Run = Callable[[Tensor, Tensor, Tensor, int, int, int, float | None, bool], Result]
-"""A prepared call: (q, k, v, their addresses, softmax_scale or None, return_lse) -> result."""
+Run = Callable[..., Result]
+"""A prepared call: (q, k, v, their addresses, softmax_scale or None, return_lse) -> result.
+
+Of a dtype that has descales, they may follow.
+"""
 
 # The public torch.cuda.current_stream builds a Stream object: 2 us more per call.
 _raw_stream: Callable[[int], int] = getattr(
@@ -27,24 +33,26 @@ _raw_stream: Callable[[int], int] = getattr(
 )
 
 
-def kernel_call(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, layout: str) -> Run:
-    """The launch of a kernel with all that these tensors' shapes and strides decide."""
+def kernel_call(
+    kernel: Kernel, problem: Problem, q: Tensor, k: Tensor, v: Tensor, layout: str
+) -> Run:
+    """The launch of a kernel with all that the problem and these tensors' strides decide."""
     b, s, h = ops.LAYOUT_AXES[layout]
     shape = (*q.shape[:3], v.shape[3])
-    made = torch.empty(shape, dtype=q.dtype, device="meta")
+    dtype, float32, device = request.out_dtype(q.dtype), torch.float32, q.device
+    made = torch.empty(shape, dtype=dtype, device="meta")
     strides = made.stride()
     batch, seqlen_q, num_heads = q.shape[b], q.shape[s], q.shape[h]
     lse_shape, lse_strides = (batch, num_heads, seqlen_q), (num_heads * seqlen_q, seqlen_q, 1)
     on_device = torch.cuda.device(q.device.index) if q.is_cuda else nullcontext()
     with on_device:  # grids and scratch memory depend on it
-        launch = kernel.prepare(ops.fwd_scalars((q, k, v, made), layout))
-    default_scale = request.default_scale(q.shape[3])
+        launch = kernel.prepare(ops.fwd_scalars((q, k, v, made), layout, problem))
+    default_scale = options.default_scale(q.shape[3])
     last = _last_word(q.device)
     # Of all ways to make a tensor, empty_strided from tuples takes least (1.0 us; empty and
     # new_empty 1.2 to 2.0), and empty_like 0.7, where the strides of q are those wanted.
     empty_strided, empty_like = torch.empty_strided, torch.empty_like
-    like = q.shape == shape and q.stride() == strides
-    dtype, float32, device = q.dtype, torch.float32, q.device
+    like = q.shape == shape and q.stride() == strides and q.dtype == dtype
 
     def run(
         q: Tensor,
@@ -66,9 +74,32 @@ def kernel_call(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, layout: str) ->
         launch(*addresses, scale, last())
         return out, lse
 
+    def run_scaled(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_address: int,
+        k_address: int,
+        v_address: int,
+        softmax_scale: float | None,
+        return_lse: bool,
+        descales: Descales = UNSCALED,
+    ) -> Result:
+        out = empty_strided(shape, strides, dtype=dtype, device=device)
+        addresses = [q_address, k_address, v_address, out.data_ptr(), 0]
+        if return_lse:
+            lse = empty_strided(lse_shape, lse_strides, dtype=float32, device=device)
+            addresses[4] = lse.data_ptr()
+        # Held until the launch; what frees them then gives the memory to the same stream.
+        factors = [d if d is None or d.is_contiguous() else d.contiguous() for d in descales]
+        addresses += [0 if factor is None else factor.data_ptr() for factor in factors]
+        launch(*addresses, default_scale if softmax_scale is None else softmax_scale, last())
+        return (out, lse) if return_lse else out
+
+    chosen = run_scaled if problem.op == ops.FWD_FP8.name else run
     if not q.is_cuda or torch.cuda.device_count() == 1:
-        return run
-    return _on_device(run, q.device.index)
+        return chosen
+    return _on_device(chosen, q.device.index)
 
 
 def _last_word(device: torch.device) -> Callable[[], int]:
@@ -88,9 +119,9 @@ def _on_device(run: Run, index: int) -> Run:
     return run_there
 
 
-def torch_call(q: Tensor, causal: bool, layout: str) -> Run:
+def torch_call(q: Tensor, causal: bool, window: Window, softcap: float, layout: str) -> Run:
     """PyTorch's own attention."""
-    default_scale = request.default_scale(q.shape[3])
+    default_scale = options.default_scale(q.shape[3])
 
     def run(
         q: Tensor,
@@ -101,13 +132,17 @@ def torch_call(q: Tensor, causal: bool, layout: str) -> Run:
         v_address: int,
         softmax_scale: float | None,
         return_lse: bool,
+        descales: Descales = UNSCALED,
     ) -> Result:
         out, lse = fallback.attention(
             q,
             k,
             v,
             causal=causal,
+            window=window,
+            softcap=softcap,
             softmax_scale=default_scale if softmax_scale is None else softmax_scale,
+            descales=descales,
             return_lse=return_lse,
             layout=layout,
         )
@@ -121,6 +156,7 @@ def empty_call(q: Tensor, v: Tensor, layout: str) -> Run:
     b, s, h = ops.LAYOUT_AXES[layout]
     shape = (*q.shape[:3], v.shape[3])
     lse_shape = (q.shape[b], q.shape[h], q.shape[s])
+    dtype = request.out_dtype(q.dtype)
 
     def run(
         q: Tensor,
@@ -131,8 +167,9 @@ def empty_call(q: Tensor, v: Tensor, layout: str) -> Run:
         v_address: int,
         softmax_scale: float | None,
         return_lse: bool,
+        descales: Descales = UNSCALED,
     ) -> Result:
-        out = q.new_zeros(shape)
+        out = q.new_zeros(shape, dtype=dtype)
         if not return_lse:
             return out
         return out, q.new_full(lse_shape, -math.inf, dtype=torch.float32)

@@ -6,8 +6,6 @@ that was valid stays valid, so a later call of the same kind checks nothing agai
 
 from __future__ import annotations
 
-import math
-import numbers
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +13,7 @@ import torch
 from autoflash.codegen.ops import LAYOUT_AXES
 from autoflash.errors import InvalidInput, UnknownName, UnsupportedProblem
 from autoflash.problem import ELEMENT_SIZES, Problem
+from autoflash.runtime.options import SMALLEST_SCALE, softcap_of, window_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,14 +25,26 @@ _SHAPES = {
 _ALIGNMENT = 16  # bytes: what vectorised loads and TMA need
 _MOST = 2**31 - 1  # sizes travel as int32 (codegen/ops.py)
 
-TORCH_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""What PyTorch's attention takes; templates take those of problem.ELEMENT_SIZES."""
+FP8 = torch.float8_e4m3fn
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, FP8)
+"""What is served; templates take those of problem.ELEMENT_SIZES."""
 
-SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 3.4028234663852886e38
-"""The positive normal range of float32, in which kernels receive softmax_scale."""
+Descales = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+"""Factors of what is stored of q, k and v, (batch, num_kv_heads) each; None is 1."""
+UNSCALED: Descales = (None, None, None)
 
 
-def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, layout: str) -> None:
+def check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool,
+    layout: str,
+    window_size: object = None,
+    softcap: object = 0.0,
+    descales: Descales = UNSCALED,
+) -> None:
     """Refuse arguments that no kernel could be asked for.
 
     Raises:
@@ -42,14 +53,16 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, la
         UnsupportedProblem: a dtype that neither a template nor PyTorch's attention takes.
     """
     named = {"q": q, "k": k, "v": v}
-    check_tensors(q, k, v)
+    check_tensors(q, k, v, descales)
     if not isinstance(layout, str) or layout not in LAYOUT_AXES:
         raise UnknownName.of("layout", str(layout), LAYOUT_AXES)
     if not isinstance(causal, bool):
         raise InvalidInput(
             f"causal={causal!r} is a {type(causal).__name__}; True or False is needed. "
-            "Other masks are not supported."
+            "Of other masks there is only window_size=(left, right)."
         )
+    window_of(window_size)
+    softcap_of(softcap)
     for name, tensor in named.items():
         if tensor.layout is not torch.strided or tensor.is_nested:
             raise InvalidInput(
@@ -65,11 +78,15 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, la
         values = {name: getattr(tensor, what) for name, tensor in named.items()}
         if len(set(values.values())) > 1:
             listed = ", ".join(f"{name} {value}" for name, value in values.items())
-            raise InvalidInput(
-                f"{what}s differ: {listed}. Bring all three to one {what} with .to(...)."
-            )
-    if q.dtype not in TORCH_DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TORCH_DTYPES)
+            advice = f"Bring all three to one {what} with .to(...)."
+            if FP8 in values.values():
+                advice = (
+                    "Kernels read all three with 8 bits or none: quantise the others too, or "
+                    "dequantise with .to(torch.bfloat16), times the descale."
+                )
+            raise InvalidInput(f"{what}s differ: {listed}. {advice}")
+    if q.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise UnsupportedProblem(
             f"dtype {q.dtype}: neither a template nor PyTorch's attention takes it. "
             f"Convert q, k and v to one of {known}."
@@ -89,13 +106,52 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, la
                 f"{tuple(tensor.stride())}; kernels read rows of head_dim adjacent elements "
                 f"(stride 1). Pass {name}.contiguous()."
             )
+    _check_descales(q, k, descales, layout)
 
 
-def check_tensors(q: object, k: object, v: object) -> None:
+def check_tensors(q: object, k: object, v: object, descales: Sequence[object] = UNSCALED) -> None:
     """Refuse what is no tensor at all with InvalidInput."""
     for name, value in (("q", q), ("k", k), ("v", v)):
         if not isinstance(value, torch.Tensor):
             raise InvalidInput(f"{name} is a {type(value).__name__}; a torch.Tensor is needed.")
+    for name, value in zip(_DESCALES, descales, strict=True):
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise InvalidInput(
+                f"{name}={value!r} is a {type(value).__name__}; a float32 torch.Tensor of shape "
+                "(batch, num_kv_heads) is needed, or None for 1."
+            )
+
+
+_DESCALES = ("q_descale", "k_descale", "v_descale")
+
+
+def _check_descales(q: torch.Tensor, k: torch.Tensor, descales: Descales, layout: str) -> None:
+    b, _, h = LAYOUT_AXES[layout]
+    wanted = (k.shape[b], k.shape[h])
+    for name, descale in zip(_DESCALES, descales, strict=True):
+        if descale is None:
+            continue
+        if q.dtype != FP8:
+            raise InvalidInput(
+                f"{name} is given, but q, k and v are {q.dtype}: descales belong to {FP8}. Leave "
+                f"it out, or multiply {name[0]} by it."
+            )
+        if descale.dtype != torch.float32:
+            raise InvalidInput(
+                f"{name} is {descale.dtype}; torch.float32 is needed. Pass {name}.float()."
+            )
+        if tuple(descale.shape) != wanted:
+            raise InvalidInput(
+                f"{name} has shape {_shape(descale)}; (batch, num_kv_heads), here {wanted}, is "
+                f"needed. One factor for all becomes that with {name}.expand{wanted}."
+            )
+        if descale.device != q.device:
+            raise InvalidInput(
+                f"{name} is on {descale.device}, q, k and v on {q.device}. "
+                f"Pass {name}.to({str(q.device)!r})."
+            )
+        if descale.layout is not torch.strided or descale.is_nested:
+            raise InvalidInput(f"{name} is sparse or nested; a dense tensor is needed.")
 
 
 def _misfit(q: Sequence[int], k: Sequence[int], v: Sequence[int], layout: str) -> str | None:
@@ -127,25 +183,6 @@ def _shape(tensor: torch.Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def scale_of(softmax_scale: object) -> float:
-    """`softmax_scale` as a float.
-
-    Raises:
-        InvalidInput: it is not a number, not finite, or beyond float32.
-    """
-    if not isinstance(softmax_scale, numbers.Real):
-        raise InvalidInput(
-            f"softmax_scale={softmax_scale!r} is a {type(softmax_scale).__name__}; a float is "
-            "needed, or None for 1/sqrt(head_dim). A tensor becomes one with .item()."
-        )
-    scale = float(softmax_scale)
-    if not math.isfinite(scale) or abs(scale) > LARGEST_SCALE:
-        raise InvalidInput(
-            f"softmax_scale={scale} is not a finite float32; None gives 1/sqrt(head_dim)."
-        )
-    return scale
-
-
 def positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
     """The same scores from a scale in [SMALLEST_SCALE, LARGEST_SCALE].
 
@@ -153,8 +190,15 @@ def positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
     and PyTorch's do the same.
     """
     if scale < 0:
-        q, scale = -q, -scale
+        q, scale = _negated(q), -scale
     return (q, scale) if scale >= SMALLEST_SCALE else (torch.zeros_like(q), 1.0)
+
+
+def _negated(q: torch.Tensor) -> torch.Tensor:
+    if q.dtype != FP8:
+        return -q
+    # PyTorch has no arithmetic of 8 bits. Sixteen hold them exactly, there and back.
+    return (-q.to(torch.bfloat16)).to(FP8)
 
 
 def no_kernel_for(q: torch.Tensor) -> str | None:
@@ -173,12 +217,20 @@ def no_kernel_for(q: torch.Tensor) -> str | None:
 
 
 def problem_of(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, layout: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool,
+    layout: str,
+    window_size: object = None,
+    softcap: object = 0.0,
 ) -> Problem:
     """The Problem of a call that `check` let through, of a dtype in ELEMENT_SIZES."""
     b, s, h = LAYOUT_AXES[layout]
     head_dim_v = v.shape[3]
-    size = q.element_size()
+    size = out_dtype(q.dtype).itemsize
+    left, right = window_of(window_size)
     # Rows of the output are head_dim_v elements apart, whatever its layout.
     rows_aligned = head_dim_v * size % _ALIGNMENT == 0
     return Problem(
@@ -191,6 +243,9 @@ def problem_of(
         head_dim=q.shape[3],
         head_dim_v=head_dim_v,
         causal=causal,
+        window_left=left,
+        window_right=right,
+        softcap=softcap_of(softcap),
         aligned=rows_aligned and all(is_aligned(tensor) for tensor in (q, k, v)),
     )
 
@@ -200,14 +255,14 @@ def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+def out_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the output for q, k and v of `dtype`; see Problem.out_dtype."""
+    return torch.bfloat16 if dtype == FP8 else dtype
+
+
 def is_aligned(tensor: torch.Tensor) -> bool:
     """Whether base address and all strides but the last are multiples of 16 bytes."""
     size = tensor.element_size()
     return tensor.data_ptr() % _ALIGNMENT == 0 and all(
         stride * size % _ALIGNMENT == 0 for stride in tensor.stride()[:3]
     )
-
-
-def default_scale(head_dim: int) -> float:
-    """What softmax_scale=None means."""
-    return 1.0 / math.sqrt(head_dim)

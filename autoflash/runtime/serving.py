@@ -23,9 +23,10 @@ from autoflash.codegen.template import Source
 from autoflash.device import Device, of_tensor
 from autoflash.errors import UnsupportedProblem
 from autoflash.record import Record
-from autoflash.runtime import prepare, request, warn
+from autoflash.runtime import options, prepare, request, warn
 from autoflash.runtime.dispatch import Dispatcher, Served
 from autoflash.runtime.prepare import Result, Run
+from autoflash.runtime.request import UNSCALED, Descales
 
 MOST_CALLS = 4096
 """Prepared calls kept (about 1 KiB each). Decoding makes a new key with every token; when they are
@@ -42,34 +43,53 @@ def call(
     k: Tensor,
     v: Tensor,
     causal: bool,
+    window_size: object,
+    softcap: float,
     softmax_scale: float | None,
+    descales: Descales | None,
     return_lse: bool,
     layout: str,
 ) -> Result:
-    """Attention without gradients; arguments, semantics and errors as autoflash.attention."""
+    """Attention without gradients; arguments, semantics and errors as autoflash.attention.
+
+    `descales` is None where none of the three is given.
+    """
     if softmax_scale is not None and not (
         type(softmax_scale) is float
-        and request.SMALLEST_SCALE <= softmax_scale <= request.LARGEST_SCALE
+        and options.SMALLEST_SCALE <= softmax_scale <= options.LARGEST_SCALE
     ):
-        return _unusual_scale(q, k, v, causal, softmax_scale, return_lse, layout)
+        return _unusual_scale(
+            q, k, v, causal, window_size, softcap, softmax_scale, descales, return_lse, layout
+        )
     try:
         q_address, k_address, v_address = q.data_ptr(), k.data_ptr(), v.data_ptr()
         # As in attention(), to the letter: there a call finds what was prepared here. The strides
         # of a contiguous tensor follow from its shape, and asking is quicker than reading them.
-        key = (
+        key: tuple[object, ...] = (
             q.shape, k.shape, v.shape,
             q.is_contiguous() or q.stride(),
             k.is_contiguous() or k.stride(),
             v.is_contiguous() or v.stride(),
             q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
-            causal, layout, (q_address | k_address | v_address) & 15,
+            causal, window_size, softcap, layout, (q_address | k_address | v_address) & 15,
         )  # fmt: skip
+        if descales is not None:
+            # Strides are seen to in every call; without an address it goes as for q, k and v.
+            key += tuple([
+                d if d is None else (d.shape, d.dtype, d.device, d.data_ptr() & 3) for d in descales
+            ])  # fmt: skip
         run = prepared.get(key)
-    except (AttributeError, RuntimeError, TypeError):  # no tensor; no storage; unhashable layout
-        return _without_storage(q, k, v, causal, softmax_scale, return_lse, layout)
+    except (AttributeError, RuntimeError, TypeError):  # no tensor; no storage; unhashable option
+        return _without_key(
+            q, k, v, causal, window_size, softcap, softmax_scale, descales, return_lse, layout
+        )
     if run is None:
-        return _first(key, q, k, v, causal, softmax_scale, return_lse, layout)
-    return run(q, k, v, q_address, k_address, v_address, softmax_scale, return_lse)
+        return _first(
+            key, q, k, v, causal, window_size, softcap, softmax_scale, descales, return_lse, layout
+        )
+    if descales is None:
+        return run(q, k, v, q_address, k_address, v_address, softmax_scale, return_lse)
+    return run(q, k, v, q_address, k_address, v_address, softmax_scale, return_lse, descales)
 
 
 def dispatcher(device_type: str, index: int | None) -> Dispatcher:
@@ -133,7 +153,10 @@ def _first(
     k: Tensor,
     v: Tensor,
     causal: bool,
+    window_size: object,
+    softcap: float,
     softmax_scale: float | None,
+    descales: Descales | None,
     return_lse: bool,
     layout: str,
 ) -> Result:
@@ -143,11 +166,15 @@ def _first(
             "torch.jit.trace cannot record autoflash.attention: it is one operator to "
             "torch.export and torch.compile. Use one of them."
         )
-    request.check(q, k, v, causal=causal, layout=layout)
+    request.check(
+        q, k, v, causal=causal, layout=layout,
+        window_size=window_size, softcap=softcap, descales=descales or UNSCALED,
+    )  # fmt: skip
     addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr())
+    scaled = () if descales is None else (descales,)
 
     def finish(run: Run, keep: bool = True) -> Result:
-        result = run(q, k, v, *addresses, softmax_scale, return_lse)
+        result = run(q, k, v, *addresses, softmax_scale, return_lse, *scaled)
         if keep:
             if len(prepared) >= MOST_CALLS:
                 prepared.clear()
@@ -157,11 +184,13 @@ def _first(
     _, s, _ = ops.LAYOUT_AXES[layout]
     if 0 in (q.shape[0], q.shape[s], k.shape[s]) or q.is_meta:
         return finish(prepare.empty_call(q, v, layout))
-    by_torch = prepare.torch_call(q, causal, layout)
+    by_torch = _by_torch(q, causal, window_size, softcap, layout)
     if (reason := request.no_kernel_for(q)) is not None:
         warn.once(reason)
         return finish(by_torch)
-    problem = request.problem_of(q, k, v, causal=causal, layout=layout)
+    problem = request.problem_of(
+        q, k, v, causal=causal, layout=layout, window_size=window_size, softcap=softcap
+    )
     chosen = dispatcher(q.device.type, q.device.index)
     capturing = q.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     while True:
@@ -172,7 +201,7 @@ def _first(
             # What is decided during a capture holds for that capture only.
             return finish(by_torch, keep=not capturing)
         try:
-            return finish(prepare.kernel_call(served.kernel, q, k, v, layout))
+            return finish(prepare.kernel_call(served.kernel, problem, q, k, v, layout))
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
@@ -195,34 +224,56 @@ def _unusual_scale(
     k: Tensor,
     v: Tensor,
     causal: bool,
+    window_size: object,
+    softcap: float,
     softmax_scale: object,
+    descales: Descales | None,
     return_lse: bool,
     layout: str,
 ) -> Result:
     """A scale that is no float, or not one that kernels take; then it is brought into range."""
-    scale = request.scale_of(softmax_scale)
-    request.check(q, k, v, causal=causal, layout=layout)
+    scale = options.scale_of(softmax_scale)
+    request.check(
+        q, k, v, causal=causal, layout=layout,
+        window_size=window_size, softcap=softcap, descales=descales or UNSCALED,
+    )  # fmt: skip
     q, scale = request.positive_scale(q, scale)
-    return call(q, k, v, causal, scale, return_lse, layout)
+    return call(q, k, v, causal, window_size, softcap, scale, descales, return_lse, layout)
 
 
-def _without_storage(
+def _by_torch(q: Tensor, causal: bool, window_size: object, softcap: float, layout: str) -> Run:
+    window, cap = options.window_of(window_size), options.softcap_of(softcap)
+    return prepare.torch_call(q, causal, window, cap, layout)
+
+
+def _without_key(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     causal: bool,
+    window_size: object,
+    softcap: float,
     softmax_scale: float | None,
+    descales: Descales | None,
     return_lse: bool,
     layout: str,
 ) -> Result:
-    """Arguments that have no address: a mistake, or tensors inside torch.func transforms."""
-    request.check(q, k, v, causal=causal, layout=layout)
+    """A window that is a list, a mistake, or tensors that have no address in torch.func."""
+    if isinstance(window_size, list):
+        window_size = tuple(window_size)
+        return call(
+            q, k, v, causal, window_size, softcap, softmax_scale, descales, return_lse, layout
+        )
+    request.check(
+        q, k, v, causal=causal, layout=layout,
+        window_size=window_size, softcap=softcap, descales=descales or UNSCALED,
+    )  # fmt: skip
     warn.once(
         "PyTorch serves attention of tensors that have no storage of their own (inside "
         "torch.func.vmap, grad or jvp)."
     )
-    run = prepare.torch_call(q, causal, layout)
-    return run(q, k, v, 0, 0, 0, softmax_scale, return_lse)
+    run = _by_torch(q, causal, window_size, softcap, layout)
+    return run(q, k, v, 0, 0, 0, softmax_scale, return_lse, descales or UNSCALED)
 
 
 def _build_on(place: tuple[str, int], source: Source, device: Device) -> Kernel:

@@ -33,7 +33,7 @@ class Predictions:
         fresh: records made by this run.
         feasible: how many candidates there are.
         limit: how many of them may be compiled.
-        refusals: template -> why it does not accept the problem.
+        refusals: template -> why it does not take the problem, or cannot be compiled here.
     """
 
     def __init__(self, run: Run, problem: Problem, *, limit: int, report: Report) -> None:
@@ -44,9 +44,7 @@ class Predictions:
         self._run = run
         self._report = report
         templates = run.accepting(problem)
-        every = run.templates.values()
-        refusals = ((t.name, t.refusal(problem, run.device)) for t in every)
-        self.refusals = {name: reason for name, reason in refusals if reason is not None}
+        self.refusals = run.refusals(problem)
         spaces = [template.space(problem, run.device) for template in templates]
         if rejected := infeasible(spaces):
             self.outcomes["infeasible"] = rejected

@@ -157,14 +157,15 @@ class _Bench:
 
         inputs = self.inputs
         tensors = (inputs.q, inputs.k, inputs.v, inputs.out)
-        launch = kernel.prepare(ops.fwd_scalars(tensors))
+        launch = kernel.prepare(ops.fwd_scalars(tensors, inputs.layout, self.problem))
         pointers = [tensor.data_ptr() for tensor in tensors]
+        descales = [descale.data_ptr() for descale in inputs.descales]
         if self.device.is_cuda:
             last = torch.cuda.current_stream().cuda_stream
         else:
             last = torch.get_num_threads()
         # An address keeps no tensor alive: self does, for as long as calls are made.
-        return partial(launch, *pointers, 0, inputs.softmax_scale, last)
+        return partial(launch, *pointers, 0, *descales, inputs.softmax_scale, last)
 
     def best_of_torch(self) -> tuple[str | None, Callable[[], object] | None]:
         """The fastest of PyTorch's own implementations that run here, by a few calls of each."""
@@ -177,7 +178,9 @@ class _Bench:
             usable = [n for n in names if not PEERS[n].unavailable(self.problem, self.device)]
             for name in usable:
                 try:
-                    call = PEERS[name].make(inputs.q, inputs.k, inputs.v, self.problem)
+                    call = PEERS[name].make(
+                        inputs.q, inputs.k, inputs.v, self.problem, inputs.descales
+                    )
                     few = self.timer.measure(call, budget_ms=5.0, min_calls=1)
                 except RuntimeError:  # no backend for this shape, or out of memory: not a rival
                     traceback.print_exc()

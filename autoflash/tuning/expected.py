@@ -1,9 +1,10 @@
 """What must come out of a call, and how far may an output be from it?
 
 The rule is FlashAttention's: the largest error against an exact reference may be at most twice that
-of PyTorch doing the same arithmetic in the same precision, plus a rounding term. It is applied to
-windows of rows one by one, and to their root mean square too: over a whole causal output the first
-rows, of magnitude 1, would hide anything that goes wrong in the last ones, of magnitude 0.01.
+of PyTorch doing the same arithmetic in the same precision (three times under a softcap), plus a
+rounding term. It is applied to windows of rows one by one, and to their root mean square too: over
+a whole causal output the first rows, of magnitude 1, would hide anything that goes wrong in the
+last ones, of magnitude 0.01.
 
 Source: `tests/test_flash_attn.py` and `hopper/test_flash_attn.py` of FlashAttention, for the rule.
 """
@@ -25,19 +26,26 @@ from autoflash.tuning.inputs import Inputs, bshd, first_index, make_inputs
 if TYPE_CHECKING:
     import torch
 
-FACTOR = 2.0
-"""Errors allowed, in errors of PyTorch in the same precision."""
+FACTOR, FACTOR_SOFTCAP = 2.0, 3.0
+"""Errors allowed, in errors of PyTorch in the same precision; the second under a softcap."""
 WINDOW = 64
 """Rows judged together: few enough to be of one magnitude, enough for a steady maximum."""
-_FLOOR = {"float32": 1e-5, "float16": 2.5e-4, "bfloat16": 2e-3}
+_FLOOR = {"float32": 1e-5, "float16": 2.5e-4, "bfloat16": 2e-3, "float8_e4m3fn": 2e-3}
 """Relative error always allowed: rounding of the output; in float32 a fast exp2 and large logits
 (tf32 is off by 3e-4 and does not pass)."""
-_LSE_ATOL = {"float32": 1e-5, "float16": 5e-5, "bfloat16": 5e-5}
+_LSE_ATOL = {"float32": 1e-5, "float16": 5e-5, "bfloat16": 5e-5, "float8_e4m3fn": 2e-3}
 _LSE_RTOL = 1e-5
-_COARSE = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.05}
+_LSE_RTOL_8_BITS = 1e-3
+"""Of the largest lse: on sm90 sums of products of 8 bits keep 14 bits or so, counted from the
+largest product, however small the sum is."""
+_TANH_ERROR = 4e-7
+"""Of a tanh made of exp2, near 0; in scores it is this times the softcap."""
+_COARSE = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.05, "float8_e4m3fn": 0.1}
 """Relative distance from PyTorch's fused attention allowed to each block of rows of the whole
-output. Right kernels are 0.005 apart in bfloat16; a tile of keys skipped or taken twice moves rows
-by more."""
+output. Right kernels are 0.005 apart in bfloat16, 0.03 with 8 bits; a tile of keys skipped or taken
+twice moves rows by more."""
+_MASK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+"""Most memory for the mask by which PyTorch is told of a sliding window."""
 _SAMPLE_FLOP = {"cpu": 8e8, "cuda": 4e10}
 """Work put into the exact reference: about 0.1 s on two cores, a few ms on an H200."""
 _SAMPLE_HEADS = 16
@@ -51,8 +59,8 @@ class Check(NamedTuple):
 
     Attributes:
         ok: whether everything is right.
-        error_ratio: largest error in units of PyTorch's, of which FACTOR are allowed; None where
-            nothing could be compared.
+        error_ratio: largest error in units of PyTorch's, of which FACTOR are allowed, or
+            FACTOR_SOFTCAP; None where nothing could be compared.
         reason: what is wrong first, with both values; empty if nothing.
         max_error: largest absolute error.
         where: the worst element, such as "out[0, 3, 1, 7]", or the first wrong one.
@@ -75,7 +83,8 @@ class Case:
         size: rows of a window.
         out: exact, (windows, size, head_dim_v), float64.
         lse: exact, (windows, size), float64.
-        rounded: `out` as PyTorch computes it in the problem's dtype, float64.
+        rounded: `out` as PyTorch computes it in the problem's dtype, float64; of 8 bits, where it
+            computes nothing: in bfloat16 with weights of 8 bits.
         whole: PyTorch's fused attention of everything, (batch, seqlen_q, num_heads, head_dim_v);
             None where it cannot do the problem without storing all scores.
     """
@@ -140,13 +149,15 @@ class Case:
         error, theirs = (got - self.out).abs(), (self.rounded - self.out).abs()
         nearest = self.out.to(out.dtype)
         rounding = (nearest + 0.3 - 0.3 - nearest).abs().double()
-        floor = _FLOOR[self.inputs.problem.dtype]
-        # Half of what is allowed beyond FACTOR times PyTorch's error; so the ratio's limit is 2.
-        slack = self._largest(rounding)
+        problem = self.inputs.problem
+        factor = FACTOR_SOFTCAP if problem.softcapped else FACTOR
+        floor = _FLOOR[problem.dtype] + _TANH_ERROR * problem.softcap
+        # A share of what is allowed beyond PyTorch's errors; so the ratio's limit is the factor.
+        slack = 2 / factor * self._largest(rounding)
         if out.dtype == torch.float32:
-            slack += floor / 2 * self._largest(self.out.abs())
+            slack += floor / factor * self._largest(self.out.abs())
         unit = self._largest(theirs) + slack
-        rms_unit = self._rms(theirs) + floor / 2 * self._rms(self.out)
+        rms_unit = self._rms(theirs) + floor / factor * self._rms(self.out)
         # 0 / 0 is NaN: only zeros were expected, and only zeros came.
         ratio = (self._largest(error) / unit).nan_to_num(0.0, posinf=math.inf)
         rms_ratio = (self._rms(error) / rms_unit).nan_to_num(0.0, posinf=math.inf)
@@ -159,20 +170,20 @@ class Case:
         b, h, first = self.windows[window].tolist()
         value = float(worst[group])
         verdict = Check(
-            ok=value <= FACTOR,
+            ok=value <= factor,
             error_ratio=value if math.isfinite(value) else None,
             max_error=float(error.max()),
             where=f"out[{b}, {first + offset}, {h}, {dim}]",
         )
         if verdict.ok:
             return verdict
-        if float(ratio[group]) > FACTOR:
-            what, is_, most = "error", float(error[members].max()), FACTOR * float(unit[group])
+        if float(ratio[group]) > factor:
+            what, is_, most = "error", float(error[members].max()), factor * float(unit[group])
         else:
             what, is_, most = (
                 "root mean square error of its rows",
                 float(self._rms(error)[group]),
-                FACTOR * float(rms_unit[group]),
+                factor * float(rms_unit[group]),
             )
         reason = (
             f"{verdict.where} (batch, row, head, dim) is {float(got[window, offset, dim]):.6g}, "
@@ -205,7 +216,11 @@ class Case:
 
         batch, head, row = self._rows()
         got = lse[batch, head, row].double()
-        atol = _LSE_ATOL[self.inputs.problem.dtype]
+        problem = self.inputs.problem
+        atol = _LSE_ATOL[problem.dtype] + _TANH_ERROR * problem.softcap
+        if problem.element_size == 1:
+            largest = self.lse.nan_to_num(neginf=0.0).abs().max()
+            atol = max(atol, _LSE_RTOL_8_BITS * float(largest))
         wrong = ~torch.isclose(got, self.lse, rtol=_LSE_RTOL, atol=atol)
         if not bool(wrong.any()):
             return verdict
@@ -254,9 +269,22 @@ def _whole(inputs: Inputs) -> torch.Tensor | None:
 
     p = inputs.problem
     causal = p.causal and p.seqlen_q > 1
-    if not (p.batch and p.seqlen_q and p.seqlen_k) or (causal and p.seqlen_q != p.seqlen_k):
+    if not (p.batch and p.seqlen_q and p.seqlen_k) or p.softcapped:
         return None
-    q, k, v = (bshd(t, inputs.layout).transpose(1, 2) for t in (inputs.q, inputs.k, inputs.v))
+    mask = None
+    if p.local:
+        # Rows that see nothing are wrong in some of its kernels.
+        if p.seqlen_q > p.seqlen_k or p.seqlen_q * p.seqlen_k > _MASK_BYTES[inputs.q.device.type]:
+            return None
+        seen = _seen(p, torch.arange(p.seqlen_q, device=inputs.q.device))
+        mask = ~formula.hidden(seen, p.seqlen_k)
+    elif causal and p.seqlen_q != p.seqlen_k:
+        return None
+    dtype = getattr(torch, p.out_dtype)
+    tensors = [bshd(t, inputs.layout) for t in (inputs.q, inputs.k, inputs.v)]
+    if not p.aligned:  # PyTorch's kernels read 16 bytes at once from wherever a tensor begins
+        tensors = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
+    q, k, v = (t.transpose(1, 2) for t in formula.descaled(tensors, inputs.descales, dtype))
     fused = [
         SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION,
     ]  # fmt: skip
@@ -264,11 +292,23 @@ def _whole(inputs: Inputs) -> torch.Tensor | None:
         with warnings.catch_warnings(), sdpa_kernel(fused), torch.no_grad():
             warnings.simplefilter("ignore")  # PyTorch warns of each backend that cannot
             out = torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=causal, scale=inputs.softmax_scale, enable_gqa=p.group_size > 1
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=causal and mask is None,
+                scale=inputs.softmax_scale,
+                enable_gqa=p.group_size > 1,
             )
     except RuntimeError:
         return None
     return out.transpose(1, 2)
+
+
+def _seen(problem: Problem, rows: torch.Tensor) -> torch.Tensor:
+    """What keys rows of a problem see (formula.visible)."""
+    p = problem
+    return formula.visible(rows, p.seqlen_q, p.seqlen_k, p.causal, p.window_left, p.window_right)
 
 
 def make_case(
@@ -277,7 +317,7 @@ def make_case(
     seed: int = 0,
     layout: str = "bshd",
     *,
-    q_factor: float = 1.0,
+    q_factor: float | None = None,
     whole: bool = True,
 ) -> Case:
     """Inputs for a problem, and what must come out of them.
@@ -287,28 +327,39 @@ def make_case(
         device: where it runs; the reference is computed there too.
         seed: of the inputs and of the choice of rows.
         layout: of the inputs.
-        q_factor: as in make_inputs.
+        q_factor: as in make_inputs; None: the usual one.
         whole: whether to compare all rows with PyTorch's fused attention, where there is one.
     """
     import torch
 
+    if q_factor is None:
+        q_factor = usual_q_factor(problem)
     inputs = make_inputs(problem, device, seed, layout, q_factor=q_factor)
     where = inputs.q.device
     size, windows = _choose_windows(problem, _SAMPLE_FLOP[where.type], seed)
-    q, k, v = (bshd(tensor, layout) for tensor in (inputs.q, inputs.k, inputs.v))
+    tensors = [bshd(tensor, layout) for tensor in (inputs.q, inputs.k, inputs.v)]
+    exactly = low = tensors
+    weights_dtype = None
+    if inputs.descales:
+        # 32 bits round a product with a descale by 6e-8, far less than anything rounds here.
+        exactly = formula.descaled(tensors, inputs.descales, torch.float32)
+        low = formula.descaled(tensors, inputs.descales, getattr(torch, problem.out_dtype))
+        weights_dtype = inputs.q.dtype
     outs, lses, rounded = [], [], []
     with torch.no_grad(), formula.no_tf32():
         for (b, h), firsts in windows.items():
             rows = torch.tensor(firsts, device=where)[:, None] + torch.arange(size, device=where)
             rows = rows.flatten()
-            seen = formula.visible(rows, problem.seqlen_q, problem.seqlen_k, problem.causal)
             kv = h // problem.group_size
-            head = (q[b, rows, h], k[b, :, kv], v[b, :, kv], seen, inputs.softmax_scale)
-            out, lse = formula.exact_rows(*head)
+            how = (_seen(problem, rows), inputs.softmax_scale, problem.softcap)
+            q, k, v = exactly
+            out, lse = formula.exact_rows(q[b, rows, h], k[b, :, kv], v[b, :, kv], *how)
             outs.append(out.view(-1, size, problem.head_dim_v))
             lses.append(lse.view(-1, size))
-            low = formula.low_precision_rows(*head)
-            rounded.append(low.double().view_as(outs[-1]))
+            q, k, v = low
+            head = (q[b, rows, h], k[b, :, kv], v[b, :, kv], *how)
+            near = formula.low_precision_rows(*head, weights_dtype=weights_dtype)
+            rounded.append(near.double().view_as(outs[-1]))
     nothing = torch.empty(0, size, problem.head_dim_v, dtype=torch.float64, device=where)
     places = [(b, h, first) for (b, h), firsts in windows.items() for first in firsts]
     case = Case(
@@ -325,6 +376,14 @@ def make_case(
     if everything is None or not case.compare(everything, layout="bshd").ok:
         return case
     return dataclasses.replace(case, whole=everything)
+
+
+def usual_q_factor(problem: Problem) -> float:
+    """What q is multiplied by: scores then have a standard deviation of 1 or more.
+
+    Under a softcap it is a quarter of that, so that the cap shows (as in FlashAttention's tests).
+    """
+    return max(1.0, problem.softcap / 4)
 
 
 def _choose_windows(

@@ -32,8 +32,10 @@ class Inputs:
         q: (batch, seqlen_q, num_heads, head_dim) for layout "bshd".
         k: (batch, seqlen_k, num_kv_heads, head_dim).
         v: (batch, seqlen_k, num_kv_heads, head_dim_v).
-        out: (batch, seqlen_q, num_heads, head_dim_v).
+        out: (batch, seqlen_q, num_heads, head_dim_v), of problem.out_dtype.
         lse: (batch, num_heads, seqlen_q) float32, contiguous.
+        descales: factors of q, k and v, (batch, num_kv_heads) float32 each, where q has 8 bits;
+            else none.
     """
 
     problem: Problem
@@ -44,6 +46,7 @@ class Inputs:
     v: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor
+    descales: tuple[torch.Tensor, ...]
     _buffers: tuple[torch.Tensor, ...]  # that q, k, v, out and lse are views of
 
     def poison(self) -> None:
@@ -74,11 +77,12 @@ class Inputs:
         return None
 
     def fingerprint(self) -> tuple[int, ...]:
-        """Sums over the bits of q, k and v: tells whether a kernel changed its inputs."""
+        """Sums over the bits of all inputs: tells whether a kernel changed one."""
         import torch
 
-        words = {2: torch.int16, 4: torch.int32}[self.problem.element_size]
-        return tuple(int(buffer.view(words).sum()) for buffer in self._buffers[:3])
+        words = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+        given = (*self._buffers[:3], *self.descales)
+        return tuple(int(tensor.view(words[tensor.itemsize]).sum()) for tensor in given)
 
 
 def bshd(tensor: torch.Tensor, layout: str) -> torch.Tensor:
@@ -108,7 +112,8 @@ def make_inputs(
     """Random inputs and poisoned outputs for a problem.
 
     An aligned problem gets addresses and strides that are multiples of 16 bytes, an unaligned one
-    strides and addresses that are not.
+    strides and addresses that are not. What q, k and v with 8 bits hold is normal; their descales,
+    which differ from head to head, are between 0.5 and 2, and those of q hold its factor.
 
     Args:
         problem: gives shapes, dtype and alignment.
@@ -136,20 +141,29 @@ def make_inputs(
         (p.batch, p.seqlen_q, p.num_heads, p.head_dim_v),
     )
     views, buffers = [], []
-    for shape in shapes:
-        view, buffer = _tensor(shape, layout, dtype, where, aligned=p.aligned)
+    out_dtype: torch.dtype = getattr(torch, p.out_dtype)
+    for shape, kind in zip(shapes, (dtype, dtype, dtype, out_dtype), strict=True):
+        view, buffer = _tensor(shape, layout, kind, where, aligned=p.aligned)
         views.append(view)
         buffers.append(buffer)
+    eight_bits = p.element_size == 1
     for view, factor in zip(views[:3], (q_factor, 1.0, 1.0), strict=True):
-        if view.numel():
+        if eight_bits:  # PyTorch draws none of these
+            drawn = torch.empty(view.shape, dtype=torch.float32, device=where)
+            view.copy_(drawn.normal_(generator=random))
+        elif view.numel():
             view.normal_(std=factor, generator=random)
+    descales = []
+    for factor in (q_factor, 1.0, 1.0) if eight_bits else ():
+        heads = torch.empty(p.batch, p.num_kv_heads, dtype=torch.float32, device=where)
+        descales.append(heads.uniform_(0.5, 2.0, generator=random).mul_(factor))
     shift = 0 if p.aligned else 1
     rows = p.batch * p.num_heads * p.seqlen_q
     lse_buffer = torch.empty(rows + 2 * _GUARD + shift, dtype=torch.float32, device=where)
     lse = lse_buffer[_GUARD + shift :][:rows].view(p.batch, p.num_heads, p.seqlen_q)
     q, k, v, out = views
     scale = 1.0 / math.sqrt(p.head_dim)
-    inputs = Inputs(p, layout, scale, q, k, v, out, lse, (*buffers, lse_buffer))
+    inputs = Inputs(p, layout, scale, q, k, v, out, lse, tuple(descales), (*buffers, lse_buffer))
     inputs.poison()
     return inputs
 

@@ -5,24 +5,29 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from autoflash.device import Device
 from autoflash.errors import UnknownName
-from autoflash.problem import Problem
-from autoflash.tuning.formula import naive
+from autoflash.problem import OP_OF_DTYPE, Problem
+from autoflash.tuning.formula import descaled, hidden, naive, visible
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 Call = Callable[[], "torch.Tensor"]
+Descales = Sequence["torch.Tensor | None"]
 Make = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor", Problem], Call]
+MakeScaled = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor", Problem, Descales], Call]
+"""Of a peer that takes inputs of 8 bits: their descales come last."""
 Refusal = Callable[[Problem, Device], str | None]
 
 _HALF = ("float16", "bfloat16")
+_FP8 = "float8_e4m3fn"
 _SCORES_LIMIT = {"cpu": 2 << 30, "cuda": 16 << 30}
 """Most bytes that a peer which stores the scores may take for them."""
 
@@ -45,13 +50,19 @@ class Peer:
     is_fused: bool
     _refusal: Refusal
     _make: Make
+    _make_scaled: MakeScaled | None = None  # None: it takes no inputs of 8 bits
 
     def unavailable(self, problem: Problem, device: Device) -> str | None:
         """Why it cannot run `problem` on `device`, as far as can be told before trying."""
         return self._refusal(problem, device)
 
     def make(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        problem: Problem,
+        descales: Descales = (),
     ) -> Callable[[], torch.Tensor]:
         """Prepare a call: inputs copied to the layout it is made for, masks built.
 
@@ -60,6 +71,7 @@ class Peer:
             k: (batch, seqlen_k, num_kv_heads, head_dim).
             v: (batch, seqlen_k, num_kv_heads, head_dim_v).
             problem: what is asked.
+            descales: of q, k and v, (batch, num_kv_heads) each, where they have 8 bits.
 
         Returns:
             A callable without arguments that computes and returns out, in `layout`. The first call
@@ -67,7 +79,10 @@ class Peer:
         """
         if self.layout == "bhsd":
             q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        return self._make(q.contiguous(), k.contiguous(), v.contiguous(), problem)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        if self._make_scaled is not None and problem.dtype == _FP8:
+            return self._make_scaled(q, k, v, problem, descales)
+        return self._make(q, k, v, problem)
 
 
 def available(
@@ -77,6 +92,7 @@ def available(
     k: torch.Tensor,
     v: torch.Tensor,
     names: Iterable[str] | None = None,
+    descales: Descales = (),
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """Prepare the peers that can run a problem, each run once to make sure.
 
@@ -87,6 +103,7 @@ def available(
         k: (batch, seqlen_k, num_kv_heads, head_dim).
         v: (batch, seqlen_k, num_kv_heads, head_dim_v).
         names: which; None means all.
+        descales: of q, k and v, where they have 8 bits.
 
     Returns:
         name -> call, and name -> why not, for each of the names.
@@ -107,7 +124,7 @@ def available(
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")  # PyTorch explains in warnings, then raises
-                call = peer.make(q, k, v, problem)
+                call = peer.make(q, k, v, problem, descales)
                 call()
                 if device.is_cuda:
                     torch.cuda.synchronize()
@@ -135,8 +152,21 @@ def _scale(problem: Problem) -> float:
 
 
 def _is_masked(problem: Problem) -> bool:
-    """Whether the mask hides anything; of one query row, aligned bottom-right, it hides nothing."""
+    """Whether the causal mask hides anything: not of one row, which is aligned bottom-right."""
     return problem.causal and problem.seqlen_q > 1
+
+
+def _window(problem: Problem, unbounded: T) -> tuple[int | T, int | T]:
+    """How far a row sees to both sides; a causal row sees 0 ahead.
+
+    Args:
+        problem: whose mask it is.
+        unbounded: what stands for a side that is not bounded.
+    """
+    left = unbounded if problem.window_left is None else problem.window_left
+    if problem.causal:
+        return left, 0
+    return left, unbounded if problem.window_right is None else problem.window_right
 
 
 # PyTorch ----------------------------------------------------------------------------------------
@@ -150,10 +180,12 @@ def _sdpa(backend: str | None) -> Make:
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.nn.attention.bias import causal_lower_right
 
-        masked = _is_masked(problem)
+        masked = _is_masked(problem) and not problem.local
         square = problem.seqlen_q == problem.seqlen_k
         mask: torch.Tensor | None = None
-        if masked and not square:  # is_causal is aligned top-left
+        if problem.local:
+            mask = _seen(problem, q.device)
+        elif masked and not square:  # is_causal is aligned top-left
             mask = causal_lower_right(problem.seqlen_q, problem.seqlen_k)
             if not q.is_cuda or backend in ("MATH", "CUDNN_ATTENTION"):
                 shape = (problem.seqlen_q, problem.seqlen_k)
@@ -180,9 +212,39 @@ def _sdpa(backend: str | None) -> Make:
     return make
 
 
+def _seen(problem: Problem, device: torch.device) -> torch.Tensor:
+    """The mask as a matrix: true where a row sees a key."""
+    import torch
+
+    p = problem
+    rows = torch.arange(p.seqlen_q, device=device)
+    seen = visible(rows, p.seqlen_q, p.seqlen_k, p.causal, p.window_left, p.window_right)
+    return ~hidden(seen, p.seqlen_k)
+
+
 def _make_naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Call:
     scale, masked = _scale(problem), _is_masked(problem)
-    return lambda: naive(q, k, v, causal=masked, softmax_scale=scale)
+    left, right, softcap = problem.window_left, problem.window_right, problem.softcap
+    return lambda: naive(
+        q, k, v, causal=masked, softmax_scale=scale, window_left=left, window_right=right,
+        softcap=softcap,
+    )  # fmt: skip
+
+
+def _make_naive_scaled(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, descales: Descales
+) -> Call:
+    """The formula on what inputs of 8 bits mean; making that of them is part of each call."""
+    import torch
+
+    dtype = getattr(torch, problem.out_dtype)
+
+    def call() -> torch.Tensor:
+        tensors = [tensor.transpose(1, 2) for tensor in (q, k, v)]
+        wide = [tensor.transpose(1, 2) for tensor in descaled(tensors, descales, dtype)]
+        return _make_naive(wide[0], wide[1], wide[2], problem)()
+
+    return call
 
 
 def _make_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Call:
@@ -195,21 +257,35 @@ def _make_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Probl
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     _quiet_inductor()
     compiled: Any = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
-    offset = problem.seqlen_k - problem.seqlen_q
+    offset, softcap = problem.seqlen_k - problem.seqlen_q, problem.softcap
+    far = problem.seqlen_q + problem.seqlen_k
+    left, right = _window(problem, far)
 
     def sees(
         batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, key: torch.Tensor
     ) -> torch.Tensor:
-        return row + offset >= key
+        after = key - row - offset  # how far a key is beyond the row's own place
+        return after <= right if left == far else (after >= -left) & (after <= right)
+
+    def capped(
+        score: torch.Tensor,
+        batch: torch.Tensor,
+        head: torch.Tensor,
+        row: torch.Tensor,
+        key: torch.Tensor,
+    ) -> torch.Tensor:
+        return softcap * torch.tanh(score / softcap)
 
     block_mask = None
-    if _is_masked(problem):
+    if _is_masked(problem) or problem.local:
         size = (problem.seqlen_q, problem.seqlen_k)
         block_mask = create_block_mask(sees, None, None, *size, device=q.device)
-    scale, gqa = _scale(problem), problem.group_size > 1
+    options: dict[str, Any] = {"scale": _scale(problem), "enable_gqa": problem.group_size > 1}
+    if problem.softcapped:
+        options["score_mod"] = capped
 
     def call() -> torch.Tensor:
-        out: torch.Tensor = compiled(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=gqa)
+        out: torch.Tensor = compiled(q, k, v, block_mask=block_mask, **options)
         return out
 
     return call
@@ -227,23 +303,50 @@ def _quiet_inductor() -> None:
 # Packages ---------------------------------------------------------------------------------------
 
 
-def _flash_attn(module: str) -> Make:
-    """flash_attn_func of a module: FlashAttention 2, 3 and 4 agree in what is used here."""
+def _flash_attn(module: str, unbounded: int | None = -1) -> Make:
+    """flash_attn_func of a module: FlashAttention 2, 3 and 4 agree in what is used here.
+
+    Args:
+        module: where it is.
+        unbounded: what stands for an unbounded side of a window.
+    """
 
     def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Call:
-        function = importlib.import_module(module).flash_attn_func
-        scale, causal = _scale(problem), problem.causal
-
-        def call() -> torch.Tensor:
-            out: Any = function(q, k, v, softmax_scale=scale, causal=causal)
-            first: torch.Tensor = (
-                out[0] if isinstance(out, tuple) else out
-            )  # 4 and older 3: lse too
-            return first
-
-        return call
+        return _flash_attn_call(module, unbounded, q, k, v, problem, {})
 
     return make
+
+
+def _flash_attn3_scaled(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, descales: Descales
+) -> Call:
+    """FlashAttention 3 takes inputs of 8 bits, and descales as ours are."""
+    named = dict(zip(("q_descale", "k_descale", "v_descale"), descales, strict=False))
+    return _flash_attn_call("flash_attn_interface", -1, q, k, v, problem, named)
+
+
+def _flash_attn_call(
+    module: str,
+    unbounded: int | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    problem: Problem,
+    options: dict[str, Any],
+) -> Call:
+    function = importlib.import_module(module).flash_attn_func
+    options = {"softmax_scale": _scale(problem), "causal": problem.causal, **options}
+    if problem.local:
+        options["window_size"] = _window(problem, unbounded)
+    if problem.softcapped:
+        options["softcap"] = problem.softcap
+
+    def call() -> torch.Tensor:
+        out: Any = function(q, k, v, **options)
+        first: torch.Tensor = out[0] if isinstance(out, tuple) else out  # 4 and older 3: lse too
+        return first
+
+    return call
 
 
 @cache
@@ -284,7 +387,24 @@ def _only_half(problem: Problem, device: Device) -> str | None:
 
 
 def _only_forward(problem: Problem, device: Device) -> str | None:
-    return None if problem.op == "fwd" else f"op {problem.op} is not compared"
+    forward = problem.op in ("fwd", *OP_OF_DTYPE.values())
+    return None if forward else f"op {problem.op} is not compared"
+
+
+def _not_8_bits(problem: Problem, device: Device) -> str | None:
+    return f"takes no {problem.dtype}" if problem.dtype == _FP8 else None
+
+
+def _half_or_fp8(problem: Problem, device: Device) -> str | None:
+    return None if problem.dtype == _FP8 else _only_half(problem, device)
+
+
+def _no_window(problem: Problem, device: Device) -> str | None:
+    return "has no sliding window in PyTorch" if problem.local else None
+
+
+def _no_softcap(problem: Problem, device: Device) -> str | None:
+    return "has no softcap in PyTorch" if problem.softcapped else None
 
 
 def _not_empty(problem: Problem, device: Device) -> str | None:
@@ -325,9 +445,15 @@ def _dim_multiple_of_8(problem: Problem, device: Device) -> str | None:
 
 def _no_empty_rows(problem: Problem, device: Device) -> str | None:
     # Seen on an H200 with torch 2.11 and cuDNN 9.19, 2026-11-21.
-    if problem.causal and problem.seqlen_q > problem.seqlen_k:
+    bounded = problem.causal or problem.window_right is not None
+    if bounded and problem.seqlen_q > problem.seqlen_k:
         return "is wrong where rows see no key (causal, seqlen_q > seqlen_k)"
     return None
+
+
+def _no_empty_rows_by_matrix(problem: Problem, device: Device) -> str | None:
+    """PyTorch's choice for a mask that is a matrix is, on a GPU, the kernel that is wrong then."""
+    return _no_empty_rows(problem, device) if problem.local and device.is_cuda else None
 
 
 def _same_dims(problem: Problem, device: Device) -> str | None:
@@ -346,42 +472,62 @@ def _scores_fit(problem: Problem, device: Device) -> str | None:
     return f"would store {size / 2**30:.1f} GiB of scores, more than {limit / 2**30:.0f}"
 
 
+def _mask_fits(problem: Problem, device: Device) -> str | None:
+    # One byte of a matrix of truths, then as many as a score has where it is made a bias.
+    size = problem.seqlen_q * problem.seqlen_k * (1 + problem.element_size)
+    limit = _SCORES_LIMIT["cuda" if device.is_cuda else "cpu"]
+    if not problem.local or size <= limit:
+        return None
+    return f"would store a mask of {size / 2**30:.1f} GiB, more than {limit / 2**30:.0f}"
+
+
 def _installed(module: str, package: str) -> Refusal:
     return lambda problem, device: _import_failure(module, package)
 
 
 def _peer(
-    name: str, what: str, layout: str, make: Make, *tests: Refusal, is_fused: bool = True
+    name: str,
+    what: str,
+    layout: str,
+    make: Make,
+    *tests: Refusal,
+    is_fused: bool = True,
+    make_scaled: MakeScaled | None = None,
 ) -> Peer:
-    return Peer(name, what, layout, is_fused, _refuse(_only_forward, _not_empty, *tests), make)
+    eight_bits = () if make_scaled else (_not_8_bits,)
+    refusal = _refuse(_only_forward, _not_empty, *eight_bits, *tests)
+    return Peer(name, what, layout, is_fused, refusal, make, make_scaled)
 
 
 PEERS = {
     peer.name: peer
     for peer in (
         _peer("sdpa", "PyTorch's scaled_dot_product_attention, its own choice", "bhsd",
-              _sdpa(None), is_fused=False),
+              _sdpa(None), _no_softcap, _mask_fits, _no_empty_rows_by_matrix, is_fused=False),
         _peer("cudnn", "cuDNN through PyTorch", "bhsd", _sdpa("CUDNN_ATTENTION"),
-              _only_gpu, _only_half, _arch_from(80), _dim_up_to(256), _dim_multiple_of_8,
-              _no_empty_rows),
+              _only_gpu, _no_softcap, _no_window, _only_half, _arch_from(80), _dim_up_to(256),
+              _dim_multiple_of_8, _no_empty_rows),
         _peer("fa2", "FlashAttention-2 through PyTorch", "bhsd", _sdpa("FLASH_ATTENTION"),
-              _only_gpu, _only_half, _arch_from(80), _same_dims, _dim_up_to(256)),
+              _only_gpu, _no_softcap, _no_window, _only_half, _arch_from(80), _same_dims,
+              _dim_up_to(256)),
         _peer("efficient", "memory-efficient attention through PyTorch", "bhsd",
-              _sdpa("EFFICIENT_ATTENTION"), _only_gpu, _no_empty_rows),
-        _peer("math", "PyTorch's formula", "bhsd", _sdpa("MATH"), _scores_fit, is_fused=False),
+              _sdpa("EFFICIENT_ATTENTION"), _only_gpu, _no_softcap, _mask_fits, _no_empty_rows),
+        _peer("math", "PyTorch's formula", "bhsd", _sdpa("MATH"), _no_softcap, _scores_fit,
+              is_fused=False),
         _peer("flex", "FlexAttention, max-autotune", "bhsd", _make_flex, _only_gpu),
         _peer("flash_attn2", "package flash-attn 2", "bshd",
               _flash_attn("flash_attn.flash_attn_interface"), _only_gpu, _only_half,
               _arch_from(80), _same_dims, _dim_up_to(256),
               _installed("flash_attn.flash_attn_interface", "flash-attn")),
         _peer("flash_attn3", "package flash-attn 3", "bshd", _flash_attn("flash_attn_interface"),
-              _only_gpu, _only_half, _arch_of(8, 9), _dim_up_to(256),
-              _installed("flash_attn_interface", "flash-attn-3")),
-        _peer("fa4", "package flash-attn-4", "bshd", _flash_attn("flash_attn.cute"),
+              _only_gpu, _half_or_fp8, _arch_of(8, 9), _dim_up_to(256),
+              _installed("flash_attn_interface", "flash-attn-3"),
+              make_scaled=_flash_attn3_scaled),
+        _peer("fa4", "package flash-attn-4", "bshd", _flash_attn("flash_attn.cute", None),
               _only_gpu, _only_half, _arch_from(80), _dim_multiple_of_8, _dim_up_to(256),
               _installed("flash_attn.cute", "flash-attn-4")),
         _peer("naive", "the formula in PyTorch operations", "bhsd", _make_naive, _scores_fit,
-              is_fused=False),
+              is_fused=False, make_scaled=_make_naive_scaled),
     )
 }  # fmt: skip
 """Every peer, by the name used in tables and records."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from autoflash import settings
+from autoflash import build, settings
 from autoflash.codegen.catalog import Catalog, installed
 from autoflash.device import Device
 from autoflash.problem import Problem
@@ -16,7 +16,7 @@ from autoflash.record import Record
 from autoflash.tuning import effort as efforts
 from autoflash.tuning.effort import Effort
 from autoflash.tuning.predict import MODEL
-from autoflash.tuning.run import is_present
+from autoflash.tuning.run import is_present, refusal
 from autoflash.tuning.timing import policy_for
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Plan:
     Attributes:
         problem: which.
         templates: those that accept it.
-        refused: template -> why it does not.
+        refused: template -> why it does not, or cannot be compiled here.
         stored: feasible configs that already have a current record.
         trials: configs that would be tried now.
         seconds: about how long that would take.
@@ -103,11 +103,13 @@ def plan(
     policy = policy_for(device).id if present else MODEL
     most = max_trials or (budget.trials if present else budget.compiles)
     seconds = budget.seconds if present else budget.compile_seconds
+    languages = {template.language for template in chosen or catalog.templates.values()}
+    jobs = build.jobs_within_memory(settings.get().jobs, languages, device)
     plans: list[Plan] = []
     for problem in problems:
         parts, refused = [], {}
         for template in chosen or catalog.templates.values():
-            reason = template.refusal(problem, device)
+            reason = refusal(template, problem, device)
             if reason is not None:
                 refused[template.name] = reason
                 continue
@@ -136,7 +138,7 @@ def plan(
         estimate = 0.0
         if trials:
             weighted = sum(part.compile_s * part.feasible for part in parts) / feasible_count
-            compiling = trials * weighted / settings.get().jobs
+            compiling = trials * weighted / jobs
             running = trials * _EVALUATE_S if present else 0.0
             # On a GPU the two overlap; on a CPU they take turns.
             estimate = max(compiling, running) if device.is_cuda else compiling + running

@@ -16,7 +16,7 @@ MODEL = "model-1"
 """Names this model as records' policy: predictions of different models are never compared."""
 
 HEAVY_SPILL_BYTES = 512
-"""Spills per thread from which a kernel is not worth launching. To be calibrated on hardware."""
+"""Local memory per thread from which a kernel is not worth launching. To be calibrated."""
 
 _LAUNCH_US = 3.0
 _EXP_PER_CLOCK = 16  # MUFU.EX2 per SM: 4 per scheduler and clock on every arch since Volta
@@ -24,6 +24,7 @@ _SMEM_BYTES_PER_CLOCK = 128
 _L2_BYTES_PER_CLOCK = 30  # per SM; 7.1 TB/s measured on an H200 with tiles of 16 and 64 rows
 _MATRIX_SHARE = 0.75  # of the peak, under the power limit: what cuBLAS reaches on an H200
 _LOAD_LATENCY_CLOCKS = 700  # a global load that hits L2, issue to use
+_SOFTCAP_OPS, _SOFTCAP_EXPS = 5, 2  # per score: a tanh made of exp2 and a reciprocal
 _VECTOR_OPS = 7  # per score: scale, max, subtract, sum, convert and what addresses cost
 _REDUCTION_OPS = 32
 _BLOCKS_PER_SM = 32
@@ -80,10 +81,12 @@ def over_resources(resources: Mapping[str, Any], device: Device) -> str | None:
 
 def spills_heavily(resources: Mapping[str, Any], device: Device) -> str | None:
     """Why a kernel is not worth a launch though it could be launched, or None."""
-    spill = resources.get("spill_bytes") or 0
-    if device.is_cuda and spill > HEAVY_SPILL_BYTES:
+    # Arrays that are indexed by variables lie in local memory too, and count as no spill.
+    local = max(resources.get("spill_bytes") or 0, resources.get("stack_bytes") or 0)
+    if device.is_cuda and local > HEAVY_SPILL_BYTES:
         return (
-            f"{spill} bytes per thread are spilled; from {HEAVY_SPILL_BYTES} up it cannot be fast"
+            f"{local} bytes per thread lie in local memory; from {HEAVY_SPILL_BYTES} up it cannot "
+            "be fast"
         )
     return None
 
@@ -110,14 +113,15 @@ def predict(
         resources: what the compiler said; None before compilation, when registers are estimated.
 
     Returns:
-        Microseconds; infinite where the kernel cannot be resident on the device.
+        Microseconds; infinite where the kernel cannot be resident on the device, or the device
+        multiplies no such dtype.
     """
     assert device.is_cuda
     tile = _tile(problem, config, derived, resources)
     held = occupancy(
         device, registers=tile.registers, smem_bytes=tile.smem_bytes, num_threads=tile.num_threads
     )
-    if not held.blocks:
+    if not held.blocks or not device.tflops_peak(problem.dtype):
         return math.inf
     tiles_m = math.ceil(problem.seqlen_q / tile.block_m)
     tiles = tiles_m * problem.batch * problem.num_heads
@@ -190,11 +194,16 @@ def _tile(
 
 def _visible_keys(problem: Problem, tile: _Tile, index: int) -> int:
     """Keys that the tile of query rows from index * block_m goes through, in whole blocks."""
-    keys = problem.seqlen_k
-    if problem.causal:
+    first, end = 0, problem.seqlen_k
+    offset = problem.seqlen_k - problem.seqlen_q
+    right = 0 if problem.causal else problem.window_right
+    if right is not None:
         last_row = min((index + 1) * tile.block_m, problem.seqlen_q) - 1
-        keys = min(keys, max(0, last_row + 1 + problem.seqlen_k - problem.seqlen_q))
-    return math.ceil(keys / tile.block_n) * tile.block_n
+        end = min(end, max(0, last_row + 1 + offset + right))
+    if problem.window_left is not None:
+        first = max(0, index * tile.block_m + offset - problem.window_left)
+    blocks = math.ceil(end / tile.block_n) - min(first, end) // tile.block_n
+    return blocks * tile.block_n
 
 
 def _clocks_per_key(problem: Problem, tile: _Tile, device: Device, blocks: int) -> float:
@@ -205,8 +214,11 @@ def _clocks_per_key(problem: Problem, tile: _Tile, device: Device, blocks: int) 
     lanes = 64 if device.capability == 80 else 128
     # Once per block of keys and row: the output is rescaled, two reductions cross four lanes.
     per_block = (tile.head_dims / 2 + _REDUCTION_OPS) / tile.block_n
-    vector = tile.block_m * (_VECTOR_OPS + per_block) / lanes
+    per_score = _VECTOR_OPS + (_SOFTCAP_OPS if problem.softcapped else 0)
+    vector = tile.block_m * (per_score + per_block) / lanes
     exponentials = tile.block_m / _EXP_PER_CLOCK
+    if problem.softcapped:
+        exponentials *= 1 + _SOFTCAP_EXPS
     row_bytes = tile.head_dims * problem.element_size
     # mma.sync: each warp reads every key and value row; wgmma: each group of four warps does.
     readers = warps / 4 if device.capability in (90, 100) else warps

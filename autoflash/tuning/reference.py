@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from autoflash.build.kernel import Kernel
 from autoflash.device import Device
 from autoflash.problem import Problem
-from autoflash.tuning.expected import Case, Check, make_case
+from autoflash.tuning.expected import Case, Check, make_case, usual_q_factor
 from autoflash.tuning.formula import exact, naive
 from autoflash.tuning.inputs import Inputs, first_index, make_inputs
 
@@ -37,7 +37,7 @@ class Stress(NamedTuple):
     Attributes:
         problem: with the traits of the problem in question.
         layout: of its tensors.
-        q_factor: factor of q; large logits need a true running maximum.
+        q_factor: factor of q beyond what is usual; large logits need a true running maximum.
         lse: whether lse is asked for.
     """
 
@@ -48,10 +48,17 @@ class Stress(NamedTuple):
 
 
 def stress_cases(problem: Problem) -> list[Stress]:
-    """The small cases for a problem: same traits, other sizes."""
+    """The small cases for a problem: same traits, other sizes and windows.
+
+    A window is known to kernels only when they are launched, so that small ones say as much of a
+    kernel as the problem's own; where they hide nothing, a case has none.
+    """
     heads = min(problem.num_kv_heads, 2)
 
-    def shaped(seqlen_q: int, seqlen_k: int, batch: int = 1) -> Problem:
+    def shaped(
+        seqlen_q: int, seqlen_k: int, window: tuple[int, int] = (0, 1), batch: int = 1
+    ) -> Problem:
+        left, right = window
         return dataclasses.replace(
             problem,
             batch=batch,
@@ -59,17 +66,26 @@ def stress_cases(problem: Problem) -> list[Stress]:
             seqlen_k=seqlen_k,
             num_heads=heads * problem.group_size,
             num_kv_heads=heads,
+            window_left=left if problem.local else None,
+            window_right=right if problem.local and not problem.causal else None,
         )
 
-    return [
+    cases = [
         Stress(shaped(1, 1)),
-        Stress(shaped(1, 203)),
-        Stress(shaped(113, 203, batch=2), layout="bhsd"),
-        Stress(shaped(203, 67)),  # causal: 136 rows see nothing
-        Stress(shaped(257, 257), q_factor=8.0),  # logits up to 40
-        Stress(shaped(64, 128), layout="bhsd", lse=False),
+        Stress(shaped(1, 203, (20, 5))),
+        Stress(shaped(113, 203, (50, 30), batch=2), layout="bhsd"),
+        Stress(shaped(203, 67, (10, 40))),  # causal: 136 rows see nothing; 96 with the window
+        Stress(shaped(257, 257, (0, 70)), q_factor=8.0),  # logits up to 40
+        Stress(shaped(64, 128, (37, 1)), layout="bhsd", lse=False),
         Stress(shaped(5, 0)),
     ]
+    if problem.local:
+        cases += [
+            Stress(shaped(70, 700, (129, 3))),  # tiles of keys that no row sees come first
+            Stress(shaped(300, 300, (100, 130))),  # and here last; between them whole ones
+            Stress(shaped(400, 70, (5, 20))),  # tiles of rows that see nothing
+        ]
+    return cases
 
 
 def check(kernel: Kernel, problem: Problem, device: Device, *, seed: int = 0) -> Check:
@@ -131,7 +147,8 @@ def forget() -> None:
 
 
 def _make(stress: Stress, device: Device, seed: int) -> tuple[Case, tuple[int, ...]]:
-    case = make_case(stress.problem, device, seed, stress.layout, q_factor=stress.q_factor)
+    q_factor = stress.q_factor * usual_q_factor(stress.problem)
+    case = make_case(stress.problem, device, seed, stress.layout, q_factor=q_factor)
     return case, case.fingerprint()
 
 
@@ -168,7 +185,13 @@ def _check(
         inputs.poison()
         tensors = (inputs.q, inputs.k, inputs.v, inputs.out, inputs.lse if lse else None)
         with as_before():
-            kernel(*tensors, inputs.softmax_scale, inputs.layout)
+            kernel(
+                *tensors,
+                inputs.softmax_scale,
+                inputs.layout,
+                problem=inputs.problem,
+                descales=inputs.descales,
+            )
         return inputs.damage(lse=lse)
 
     verdict = Check(False, reason=run() or "")

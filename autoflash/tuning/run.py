@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
+from autoflash import build
 from autoflash import device as devices
 from autoflash.codegen.template import Source, Template
 from autoflash.config import Config
@@ -58,8 +59,14 @@ class Run:
 
     def accepting(self, problem: Problem) -> list[Template]:
         """The templates that take this problem on this device."""
+        refusals = self.refusals(problem)
+        return [template for name, template in self.templates.items() if name not in refusals]
+
+    def refusals(self, problem: Problem) -> dict[str, str]:
+        """Template -> why it does not take this problem, or cannot be compiled here."""
         every = self.templates.values()
-        return [template for template in every if template.refusal(problem, self.device) is None]
+        reasons = ((each.name, refusal(each, problem, self.device)) for each in every)
+        return {name: reason for name, reason in reasons if reason is not None}
 
     def stored(self, problem: Problem) -> list[Record]:
         """Trials of this problem that still hold: same device, same policy, same template text."""
@@ -135,6 +142,11 @@ class Run:
             environment=dict(self.environment),
             created=now(),
         )
+
+
+def refusal(template: Template, problem: Problem, device: Device) -> str | None:
+    """Why a template cannot be tuned: it does not take the problem, or lacks its compiler."""
+    return template.refusal(problem, device) or build.unavailable(template.language)
 
 
 def is_present(device: Device) -> bool:

@@ -56,7 +56,7 @@ class Trials:
         fresh: trials made by this run.
         limit: most trials, those of earlier runs included.
         defaults: the default config of every template that accepts the problem and is feasible.
-        refusals: template -> why it does not accept the problem.
+        refusals: template -> why it does not take the problem, or cannot be compiled here.
     """
 
     def __init__(self, run: Run, problem: Problem, *, limit: int, report: Report) -> None:
@@ -66,9 +66,7 @@ class Trials:
         self._run = run
         self._report = report
         templates = run.accepting(problem)
-        every = run.templates.values()
-        refusals = ((t.name, t.refusal(problem, run.device)) for t in every)
-        self.refusals = {name: reason for name, reason in refusals if reason is not None}
+        self.refusals = run.refusals(problem)
         spaces = {t.name: t.space(problem, run.device) for t in templates}
         self.outcomes: Counter[str] = Counter()
         if rejected := infeasible(spaces.values()):

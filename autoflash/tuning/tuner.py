@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from autoflash import settings
+from autoflash import build, settings
 from autoflash.build import cache
 from autoflash.codegen.catalog import Catalog, installed
 from autoflash.codegen.template import Template
@@ -107,13 +107,15 @@ def tune(
     chosen = _chosen(catalog or installed(), templates)
     budget = efforts.of(effort)
     present = is_present(device) or workers is not None
+    languages = {template.language for template in chosen.values()}
+    jobs = build.jobs_within_memory(settings.get().jobs, languages, device)
     with ExitStack() as stack:
         root = cache.root()
         visible = _visible(device)
         if present and workers is None:
             stack.enter_context(device_lock(device, visible, root))
         if workers is None:
-            workers = Pool(jobs=settings.get().jobs, cache_dir=root, visible=visible)
+            workers = Pool(jobs=jobs, cache_dir=root, visible=visible)
         stack.callback(workers.close)
         run = Run(
             device=device,
@@ -123,7 +125,7 @@ def tune(
             policy=policy_for(device).id if present else MODEL,
             workers=workers,
             seed=seed,
-            jobs=settings.get().jobs,
+            jobs=jobs,
         )
         tuning = _Tuning(run, wanted, present, max_trials, max_seconds, on_event)
         return tuning.run_all(command)

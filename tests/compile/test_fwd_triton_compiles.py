@@ -22,7 +22,7 @@ pytestmark = pytest.mark.compile
 SLIGHT_SPILL_BYTES = 64
 """What a default may spill per thread: a few values outside the loop."""
 
-# Every arch, dtype, padded and split head_dim, both masks, decoding, unaligned: not their product.
+# Every arch, dtype, padded and split head_dim, mask, softcap, decoding, unaligned: no product.
 DEFAULTS = [
     ("sm80", "b1s4096h16d128c"),
     ("sm80", "b1s4096h16d96f-float16"),
@@ -46,6 +46,18 @@ DEFAULTS = [
     ("sm100", "b1s4096h16d16c-float32"),
     ("sm120", "b1s4096h16d128f"),
     ("sm120", "b1s4096h16d152c-float16"),
+    ("sm80", "b1s4096h16d128cw1023cap50-float16"),
+    ("sm80", "b1s4096h16d64fw512x128-float32"),
+    ("sm86", "b1s1x4096h16/2d128cw1023cap50"),
+    ("sm89", "b1s4096h16d80fw512x128cap30"),
+    ("sm90", "b1s4096h16d64fw512x128cap30"),
+    ("sm90", "b1s4096h16d128cw1023cap50"),
+    ("sm90", "b1s4096h16d128fwinfx512"),
+    ("sm90", "b1s4096h16d256cw1023cap50"),
+    ("sm90", "b1s4096h16d128cw1023cap50-float32"),
+    ("sm90", "b1s4096h16d128cw1023-bfloat16-unaligned"),
+    ("sm100", "b1s4096h16d128ccap50"),
+    ("sm120", "b1s4096h16d128fw512x128cap30"),
 ]
 
 
@@ -65,7 +77,7 @@ def test_the_default_compiles_and_fits(arch, name):
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("mask", "cf")
+@pytest.mark.parametrize("mask", ["c", "f", "cw1023", "fw512x128cap30"])
 def test_ptxas_overlaps_the_matrix_products_of_the_default(head_dim, mask):
     template, device = installed().get("triton/fwd"), KNOWN_GPUS["sm90"]
     problem = Problem.parse(f"b1s4096h16d{head_dim}{mask}")
@@ -83,6 +95,9 @@ def test_ptxas_overlaps_the_matrix_products_of_the_default(head_dim, mask):
         ("sm90", "b1s4096h16/4d128c"),
         ("sm90", "b1s4096h16d256c"),
         ("sm90", "b1s4096h16d96f"),
+        ("sm80", "b1s4096h16/4d128cw1023cap50"),
+        ("sm90", "b1s4096h16/4d128cw1023cap50"),
+        ("sm90", "b1s4096h16d64fw512x128"),
     ],
 )
 def test_what_the_model_admits_compiles_and_fits(arch, name):
@@ -114,7 +129,12 @@ def test_every_head_dim_has_a_feasible_default(arch, dtype):
 
 @pytest.mark.parametrize(
     ("arch", "name"),
-    [("sm90", "b4s4096h16d128c"), ("sm90", "b4s4096h32d64f"), ("sm80", "b4s4096h16d128c")],
+    [
+        ("sm90", "b4s4096h16d128c"),
+        ("sm90", "b4s4096h32d64f"),
+        ("sm90", "b4s4096h16d128cw1023cap50"),
+        ("sm80", "b4s4096h16d128c"),
+    ],
 )
 def test_the_space_can_be_swept(arch, name):
     space = installed().get("triton/fwd").space(Problem.parse(name), KNOWN_GPUS[arch])

@@ -29,9 +29,18 @@ CASES = {
     "sm80-d80x48f-float32": (KNOWN_GPUS["sm80"], Problem.parse("b4s1000h6/2d80x48f-float32")),
     "sm90-d128c-bfloat16": (KNOWN_GPUS["sm90"], Problem.parse("b4s4096h16d128c-bfloat16")),
     "sm90-d128f-unaligned": (KNOWN_GPUS["sm90"], Problem.parse("b4s99h16d128f-float16-unaligned")),
+    "sm80-d64fw512x64-float16": (
+        KNOWN_GPUS["sm80"],
+        Problem.parse("b4s4096h16d64fw512x64-float16"),
+    ),
+    "sm90-d128cw1023cap50-bfloat16": (
+        KNOWN_GPUS["sm90"],
+        Problem.parse("b4s4096h16/4d128cw1023cap50-bfloat16"),
+    ),
     "avx512-d64c-bfloat16": (AVX512, Problem.parse("b1s1024h8d64c-bfloat16")),
     "avx512-d128f-float32": (AVX512, Problem.parse("b1s1024h8d128f-float32")),
     "avx2-d80x48c-float16": (AVX2, Problem.parse("b1s1000h6/2d80x48c-float16")),
+    "avx2-d64cw255cap50-float32": (AVX2, Problem.parse("b1s1000h8d64cw255cap50-float32")),
 }
 ENDINGS = {"python": "py", "cuda": "cu", "cpp": "cpp"}
 

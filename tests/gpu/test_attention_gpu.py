@@ -15,8 +15,10 @@ import pytest
 import torch
 
 import autoflash
+from autoflash.codegen import catalog
 from autoflash.problem import Problem
 from autoflash.runtime import request, serving
+from autoflash.tuning import formula
 
 pytestmark = pytest.mark.gpu
 
@@ -50,18 +52,29 @@ def tensors(
 
 
 def by_definition(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, dtype: torch.dtype
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool,
+    dtype: torch.dtype,
+    window: tuple[int | None, int | None] = (None, None),
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out (batch, seqlen, heads, dim) and lse (batch, heads, seqlen), computed in `dtype`."""
     q, k, v = (tensor.to(dtype) for tensor in (q, k, v))
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[3])
-    if causal:
-        rows = torch.arange(q.shape[1], device=q.device)[:, None]
-        columns = torch.arange(k.shape[1], device=q.device)
-        hidden = columns > rows + k.shape[1] - q.shape[1]
-        scores = scores.masked_fill(hidden, -math.inf)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    places = torch.arange(q.shape[1], device=q.device)[:, None] + k.shape[1] - q.shape[1]
+    columns = torch.arange(k.shape[1], device=q.device)
+    left, right = window[0], 0 if causal else window[1]
+    if left is not None:
+        scores = scores.masked_fill(columns < places - left, -math.inf)
+    if right is not None:
+        scores = scores.masked_fill(columns > places + right, -math.inf)
     lse = torch.logsumexp(scores.float() if dtype.itemsize < 4 else scores, -1)
     weights = torch.softmax(scores, -1).nan_to_num(0.0)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
@@ -84,8 +97,10 @@ def assert_agrees(
     torch.testing.assert_close(got[1].double(), exact_lse.double(), atol=1e-4, rtol=1e-4)
 
 
-def rule_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> str:
-    problem = request.problem_of(q, k, v, causal=causal, layout="bshd")
+def rule_of(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False, **options: Any
+) -> str:
+    problem = request.problem_of(q, k, v, causal=causal, layout="bshd", **options)
     return serving.dispatcher("cuda", q.device.index).serve(problem).rule
 
 
@@ -130,6 +145,184 @@ def test_lengths_and_masked_rows(seqlen_q: int, seqlen_k: int, causal: bool) -> 
     hidden = max(seqlen_q - seqlen_k, 0) if causal else 0
     assert torch.equal(out[:, :hidden], torch.zeros_like(out[:, :hidden]))
     assert torch.isneginf(lse[:, :, :hidden]).all()
+
+
+def assert_exact(
+    got: tuple[torch.Tensor, torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] = (None, None),
+    softcap: float = 0.0,
+) -> None:
+    """The FlashAttention rule, at three times the error with a softcap, against the formula."""
+    exact, exact_lse = formula.exact(
+        q, k, v, causal=causal, window_left=window[0], window_right=window[1], softcap=softcap
+    )
+    same, _ = by_definition(q, k, v, causal=causal, dtype=q.dtype, window=window, softcap=softcap)
+    error = (got[0].double() - exact).abs().max()
+    limit = (3 if softcap else 2) * (same.double() - exact).abs().max()
+    limit += 8 * torch.finfo(q.dtype).eps
+    assert error <= limit, f"error {error:.3g} above {limit:.3g}"
+    # The hardware's tanh is good to 2**-11 of its value.
+    tolerance = 1e-4 + softcap * 2.0**-11
+    torch.testing.assert_close(got[1].double(), exact_lse, atol=tolerance, rtol=1e-4)
+
+
+WINDOWS = [(None, None), (0, 0), (65, 0), (100, 31), (None, 7), (40, None), (3000, 3000)]
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 128), (torch.float16, 64)])
+def test_windows_and_softcaps(
+    dtype: torch.dtype, dim: int, window: tuple[int | None, int | None], softcap: float
+) -> None:
+    for seqlen_q, seqlen_k in ((200, 333), (333, 200), (1, 500), (512, 512)):
+        q, k, v = tensors(seqlen_q, seqlen_k, dim=dim, dtype=dtype)
+        q = q * 4  # scores that a softcap bends
+        for causal in (False, True):
+            options: dict[str, Any] = {"window_size": window, "softcap": softcap}
+            for _ in range(2):
+                result = autoflash.attention(q, k, v, causal=causal, **options, return_lse=True)
+                assert_exact(result, q, k, v, causal=causal, window=window, softcap=softcap)
+            assert rule_of(q, k, v, causal, **options) != "torch"
+
+
+def test_a_window_in_a_cuda_graph() -> None:
+    q, k, v = tensors(300, 300)
+    options: dict[str, Any] = {"causal": True, "window_size": (77, 0), "softcap": 20.0}
+    autoflash.attention(q, k, v, **options, return_lse=True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = autoflash.attention(q, k, v, **options, return_lse=True)
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_exact(result, q, k, v, causal=True, window=(77, 0), softcap=20.0)
+
+
+@pytest.mark.parametrize("window", [(None, None), (40, 0), (9, 17)])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_gradients_under_windows_and_softcaps(
+    window: tuple[int | None, int | None], softcap: float
+) -> None:
+    inputs = tensors(90, 130, dtype=torch.float32)
+    q, k, v = (tensor.clone().requires_grad_() for tensor in inputs)
+    with pytest.warns(RuntimeWarning, match="no backward kernels yet"):
+        out = autoflash.attention(q, k, v, window_size=window, softcap=softcap)
+    into = torch.randn_like(out)
+    out.backward(into)
+    exact = [tensor.double().requires_grad_() for tensor in inputs]
+    wanted, _ = by_definition(
+        exact[0], exact[1], exact[2],
+        causal=False, dtype=torch.float64, window=window, softcap=softcap,
+    )  # fmt: skip
+    wanted.backward(into.double())
+    for got, reference in zip((q, k, v), exact, strict=True):
+        assert got.grad is not None
+        assert reference.grad is not None
+        torch.testing.assert_close(got.grad.double(), reference.grad, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"softcap": 20.0}, {"window_size": (255, 0)}, {"window_size": (None, 100)}]
+)
+def test_what_pytorch_serves_takes_bounded_memory(options: dict[str, Any]) -> None:
+    # All scores of float32 would be 8 GiB, and there would be several arrays of them.
+    q, k, v = (
+        x.requires_grad_()
+        for x in tensors(16384, 16384, heads=8, kv_heads=2, dtype=torch.float32, batch=1)
+    )
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with pytest.warns(RuntimeWarning, match="no backward kernels yet"):
+        out, lse = autoflash.attention(q, k, v, **options, return_lse=True)
+    (out.sum() + lse.sum()).backward()
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 3 << 30
+    assert q.grad is not None
+    assert torch.isfinite(q.grad).all()
+
+
+EIGHT_BITS = torch.float8_e4m3fn
+
+
+def eight_bits(
+    seqlen_q: int, seqlen_k: int, dim: int = 128
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]:
+    """q, k, v of 8 bits and their descales, up to 2 as in FlashAttention's tests."""
+    given = tensors(seqlen_q, seqlen_k, dim=dim, dtype=EIGHT_BITS)
+    names = ("q_descale", "k_descale", "v_descale")
+    return given, {name: torch.rand(2, 2, device="cuda") * 2 for name in names}
+
+
+def assert_exact_of_eight_bits(
+    got: Any,
+    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    descales: dict[str, torch.Tensor],
+    causal: bool,
+) -> None:
+    """At most three times the error of weights that are rounded to 8 bits, of the same scores."""
+    names = ("q_descale", "k_descale", "v_descale")
+    factors = [descales.get(name) for name in names]
+    exact, exact_lse = formula.exact(*given, causal=causal, descales=factors)
+    wide = [x.double() for x in given]
+    for index, factor in enumerate(factors):
+        if factor is not None:
+            per_head = factor.double().repeat_interleave(given[index].shape[2] // 2, 1)
+            wide[index] = wide[index] * per_head[:, None, :, None]
+    scores = torch.einsum("bqhd,bkhd->bhqk", wide[0], wide[1].repeat_interleave(2, 2)) / math.sqrt(
+        wide[0].shape[3]
+    )
+    if causal:
+        ones = torch.ones_like(scores, dtype=torch.bool)
+        scores = scores.masked_fill(ones.triu(1 + scores.shape[3] - scores.shape[2]), -math.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp().nan_to_num(0.0)
+    rounded = weights.float().to(EIGHT_BITS).double()
+    sums = weights.sum(-1, keepdim=True).clamp_min(1e-300)
+    same = torch.einsum("bhqk,bkhd->bqhd", rounded / sums, wide[2].repeat_interleave(2, 2))
+    error = (got[0].double() - exact).abs().max()
+    limit = 3 * (same - exact).abs().max() + 8 * torch.finfo(torch.bfloat16).eps
+    assert error <= limit, f"error {error:.3g} above {limit:.3g}"
+    torch.testing.assert_close(got[1].double(), exact_lse, atol=5e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("names", [(), ("q_descale", "k_descale", "v_descale"), ("v_descale",)])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(200, 333), (333, 200), (1, 97), (512, 512)])
+@pytest.mark.filterwarnings("default:PyTorch serves attention with op fwd_fp8:RuntimeWarning")
+def test_eight_bits(seqlen_q: int, seqlen_k: int, names: tuple[str, ...], causal: bool) -> None:
+    given, descales = eight_bits(seqlen_q, seqlen_k)
+    descales = {name: descales[name] for name in names}
+    for _ in range(2):
+        got = autoflash.attention(*given, **descales, causal=causal, return_lse=True)
+        assert got[0].dtype == torch.bfloat16
+        assert_exact_of_eight_bits(got, given, descales, causal)
+    # Whether a template takes 8 bits depends on the device; where one does, it must serve.
+    problem = request.problem_of(*given, causal=causal, layout="bshd")
+    dispatcher = serving.dispatcher("cuda", given[0].device.index)
+    accepted = catalog.installed().serving(problem, dispatcher.device)
+    assert (rule_of(*given, causal) != "torch") == bool(accepted)
+
+
+@pytest.mark.filterwarnings("default:PyTorch serves attention with op fwd_fp8:RuntimeWarning")
+def test_descales_are_read_when_a_graph_replays() -> None:
+    given, descales = eight_bits(256, 256)
+    autoflash.attention(*given, **descales, return_lse=True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = autoflash.attention(*given, **descales, return_lse=True)
+    for factor in descales.values():
+        factor.copy_(torch.rand_like(factor) + 0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_exact_of_eight_bits(result, given, descales, False)
 
 
 @pytest.mark.parametrize(("batch", "seqlen_q", "seqlen_k"), [(0, 5, 7), (2, 0, 7), (2, 5, 0)])
@@ -270,6 +463,10 @@ def test_the_operator_keeps_pytorchs_rules(return_lse: bool) -> None:
     autoflash.attention(q, k, v)  # registers it
     torch.library.opcheck(
         torch.ops.autoflash.fwd.default, (q, k, v, True, None, return_lse, "bshd")
+    )
+    torch.library.opcheck(
+        torch.ops.autoflash.fwd.default,
+        (q, k, v, False, None, return_lse, "bshd", 31, 5, 20.0),
     )
 
 

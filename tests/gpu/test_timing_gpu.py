@@ -111,6 +111,14 @@ def test_environment_names_the_driver_and_cuda(gpu: Device) -> None:
         "b1s512h2d256c-float32",
         "b1s300h2d80f-bfloat16-unaligned",
         "b1s16384h8d64c",
+        "b2s1024h4d64cw100",
+        "b1s1000x1500h4d128fw200x50-float16",
+        "b1s900x500h4d64cw64",
+        "b1s8192h8d64cw1024",
+        "b2s1024h8/2d128ccap50",
+        "b1s1024x1500h4d256cw300cap50",
+        "b2s1024h4d128c-float8_e4m3fn",
+        "b1s500x900h4/2d64fw90x30-float8_e4m3fn",
     ],
 )
 def test_every_peer_that_runs_is_right(name: str, gpu: Device) -> None:
@@ -118,8 +126,12 @@ def test_every_peer_that_runs_is_right(name: str, gpu: Device) -> None:
     case = make_case(problem, gpu)
     inputs = case.inputs
     names = [name for name in PEERS if name != "flex"]  # compiles for a minute
-    calls, reasons = available(problem, gpu, inputs.q, inputs.k, inputs.v, names)
-    assert "sdpa" in calls, reasons
+    given = (inputs.q, inputs.k, inputs.v)
+    calls, reasons = available(problem, gpu, *given, names, descales=inputs.descales)
+    able = {"naive"}
+    if not problem.softcapped and problem.op == "fwd":
+        able |= {"math"} if problem.local else {"math", "sdpa"}
+    assert able <= set(calls), reasons
     wrong = {}
     for peer, call in calls.items():
         verdict = case.compare(call(), layout=PEERS[peer].layout)
@@ -130,7 +142,7 @@ def test_every_peer_that_runs_is_right(name: str, gpu: Device) -> None:
 
 @pytest.mark.slow
 def test_flex_is_right_and_fused(gpu: Device, timer: Timer) -> None:
-    for name in ("b1s1000x2048h4/2d64c", "b2s2048h16d128c"):
+    for name in ("b1s1000x2048h4/2d64c", "b1s1000x2048h4/2d64fw300x40cap30", "b2s2048h16d128c"):
         problem = Problem.parse(name)
         case = make_case(problem, gpu)
         inputs = case.inputs

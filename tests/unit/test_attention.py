@@ -22,8 +22,8 @@ from torch.autograd import forward_ad
 
 import autoflash
 from autoflash.build import Artifact, Kernel, Launch, Resources
+from autoflash.codegen import ops
 from autoflash.codegen.catalog import Catalog
-from autoflash.codegen.ops import FWD
 from autoflash.codegen.template import Source
 from autoflash.config import Config
 from autoflash.device import Device, native
@@ -31,12 +31,13 @@ from autoflash.errors import BuildError, DatabaseCorrupt, InvalidInput, Unsuppor
 from autoflash.problem import Problem
 from autoflash.record import Measurement, Record
 from autoflash.runtime import fallback, prepare, request, serving
+from autoflash.runtime import options as options_of
 from autoflash.runtime.dispatch import Dispatcher
 
 TEMPLATE = """{#---
 summary = "A kernel for tests: what runs is Python in tests/unit/test_attention.py."
 source  = "this test"
-op      = "fwd"
+op      = "OP"
 
 [accepts]
 "device is a CPU" = "device.arch == 'cpu'"
@@ -49,6 +50,8 @@ block_m = [32, 64]
 block_m = 64
 ---#}
 {{ "causal" if problem.causal else "full" }} {{ block_m }}
+{{ "local" if problem.local else "" }}
+{{ "capped" if problem.softcapped else "" }}
 """
 
 
@@ -59,16 +62,23 @@ class PythonKernel(Kernel):
         resources = Resources(compile_s=0.0, binary_bytes=0)
         super().__init__(Artifact(source, device.arch, source.digest, Path(), resources))
         self.launches: list[tuple[Any, ...]] = []
-        self.prepared: list[dict[str, int]] = []
+        self.prepared: list[dict[str, Any]] = []
 
-    def prepare(self, scalars: tuple[int, ...]) -> Launch:
-        names = [argument.name for argument in FWD.scalars]
-        bound = dict(zip(names, scalars, strict=True))
-        self.prepared.append(bound)
+    def prepare(self, scalars: tuple[int | float, ...]) -> Launch:
         source = self.artifact.source
-        dtype = getattr(torch, source.dtype)
+        op = ops.get(source.op)
+        names = [argument.name for argument in op.scalars]
+        bound: dict[str, Any] = dict(zip(names, scalars, strict=True))
+        self.prepared.append(bound)
+        marks = source.text.split()
+        window: tuple[int | None, int | None] = (None, 0 if "causal" in marks else None)
+        if "local" in marks:  # bounds alone say it then, whether it is causal or not
+            window = (bound["window_left"], bound["window_right"])
 
         def view(address: int, name: str, seqlen: int, heads: int, dim: int) -> torch.Tensor:
+            dtype = getattr(torch, source.dtype)
+            if name == "out" and dtype.itemsize == 1:
+                dtype = torch.bfloat16
             strides = [bound[f"{name}_stride_{axis}"] for axis in ("batch", "seq", "head")]
             if source.aligned:
                 assert address % 16 == 0
@@ -79,20 +89,29 @@ class PythonKernel(Kernel):
             return torch.frombuffer(memory, dtype=dtype).as_strided(shape, [*strides, 1])
 
         def launch(*arguments: Any) -> None:
-            q_at, k_at, v_at, out_at, lse_at, scale, num_threads = arguments
+            q_at, k_at, v_at, out_at, lse_at, *descales_at, scale, num_threads = arguments
             self.launches.append(arguments)
+            assert len(arguments) == len(op.pointers) + 2
             assert num_threads == torch.get_num_threads()
             sizes = (bound["seqlen_q"], bound["num_heads"])
             kv_sizes = (bound["seqlen_k"], bound["num_kv_heads"])
-            dim, dim_v = DIMS[source.op]
+            dim, dim_v = DIMS["fwd"]
             out = view(out_at, "out", *sizes, dim_v)
-            wanted, lse = by_definition(
+            inputs = [
                 view(q_at, "q", *sizes, dim),
                 view(k_at, "k", *kv_sizes, dim),
                 view(v_at, "v", *kv_sizes, dim_v),
-                "causal" in source.text,
-                scale,
-            )
+            ]
+            for index, address in enumerate(descales_at):
+                if address:
+                    factors = (bound["batch"], bound["num_kv_heads"])
+                    memory = (ctypes.c_char * (4 * math.prod(factors))).from_address(address)
+                    descale = torch.frombuffer(memory, dtype=torch.float32).view(factors)
+                    inputs[index] = scaled(inputs[index], descale)
+            wanted, lse = by_definition(
+                inputs[0], inputs[1], inputs[2], False, scale,
+                window, bound["softcap"] if "capped" in marks else 0.0,
+            )  # fmt: skip
             out.copy_(wanted)
             if lse_at:
                 memory = (ctypes.c_char * (4 * lse.numel())).from_address(lse_at)
@@ -108,19 +127,37 @@ DIMS: dict[str, tuple[int, int]] = {}
 """(head_dim, head_dim_v) of the kernel, which a real one would have compiled in."""
 
 
+def scaled(x: torch.Tensor, descale: torch.Tensor) -> torch.Tensor:
+    """(batch, seqlen, heads, dim) in float64, times a factor for each sequence and kv head."""
+    factors = descale.double().repeat_interleave(x.shape[2] // descale.shape[1], 1)
+    return x.double() * factors[:, None, :, None]
+
+
 def by_definition(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float,
+    window: tuple[int | None, int | None] = (None, None),
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out (batch, seqlen, heads, dim) and lse (batch, heads, seqlen) in float64."""
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
-    if causal:
-        seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-        sees = [[j <= i + seqlen_k - seqlen_q for j in range(seqlen_k)] for i in range(seqlen_q)]
-        sees_key = torch.tensor(sees, dtype=torch.bool).reshape(seqlen_q, seqlen_k)
-        scores = scores.masked_fill(~sees_key, -math.inf)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    left = seqlen_k if window[0] is None else window[0]
+    right = 0 if causal else seqlen_q if window[1] is None else window[1]
+    sees = [
+        [-left <= j - (i + seqlen_k - seqlen_q) <= right for j in range(seqlen_k)]
+        for i in range(seqlen_q)
+    ]
+    sees_key = torch.tensor(sees, dtype=torch.bool).reshape(seqlen_q, seqlen_k)
+    scores = scores.masked_fill(~sees_key, -math.inf)
     lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - lse[..., None].masked_fill(lse[..., None].isinf(), 0.0))
     return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
@@ -130,9 +167,9 @@ class Bench:
     """The process's own serving, with Python kernels on the CPU and records to choose."""
 
     def __init__(self, root: Path) -> None:
-        path = root / "cpp/fwd.cpp.jinja"
-        path.parent.mkdir()
-        path.write_text(TEMPLATE)
+        (root / "cpp").mkdir()
+        for op in ops.OPS:
+            (root / f"cpp/{op}.cpp.jinja").write_text(TEMPLATE.replace('"OP"', f'"{op}"'))
         self.catalog = Catalog.load(root)
         self.records: list[Record] = []
         self.kernels: list[PythonKernel] = []
@@ -196,11 +233,17 @@ def expected(
     causal: bool = False,
     softmax_scale: float | None = None,
     layout: str = "bshd",
+    window_size: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    bounds = (-1, -1) if window_size is None else window_size
+    left, right = (None if bound == -1 else bound for bound in bounds)
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     if layout == "bhsd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out, lse = by_definition(q.detach(), k.detach(), v.detach(), causal, scale)
+    out, lse = by_definition(
+        q.detach(), k.detach(), v.detach(), causal, scale, (left, right), softcap
+    )
     return (out.transpose(1, 2) if layout == "bhsd" else out).to(q.dtype), lse.float()
 
 
@@ -339,6 +382,167 @@ def test_any_finite_scale(bench: Bench, scale: float) -> None:
     assert bench.kernels[0].launches[0][5] >= 2.0**-126
 
 
+# Windows, softcap and eight bits ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window_size", [(3, 1), (2, None), (-1, 2), (0, 0), (4, -1)])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(9, 12), (12, 9)])
+def test_windows_and_softcaps_reach_the_kernel(
+    bench: Bench,
+    seqlen_q: int,
+    seqlen_k: int,
+    window_size: tuple[int | None, int | None],
+    causal: bool,
+    softcap: float,
+    layout: str,
+) -> None:
+    q, k, v = tensors(seqlen_q, seqlen_k, dim_v=24, layout=layout)
+    options: dict[str, Any] = {
+        "causal": causal, "window_size": window_size, "softcap": softcap, "layout": layout,
+    }  # fmt: skip
+    result = autoflash.attention(q, k, v, **options, return_lse=True)
+    agree(result, expected(q, k, v, **options))
+    assert torch.equal(autoflash.attention(q, k, v, **options), result[0])
+    assert bench.launches == 2
+    assert [len(kernel.prepared) for kernel in bench.kernels] == [1]  # the second was a hit
+
+
+def test_windows_and_softcaps_of_all_values_share_a_kernel(bench: Bench) -> None:
+    q, k, v = tensors(9, 12)
+    for left, right, softcap in ((1, 2, 0.5), (3, 1, 2.5), (5, 5, 30.0)):
+        options: dict[str, Any] = {"window_size": (left, right), "softcap": softcap}
+        agree(
+            autoflash.attention(q, k, v, **options, return_lse=True), expected(q, k, v, **options)
+        )
+    [kernel] = bench.kernels
+    bound = [(p["window_left"], p["window_right"], p["softcap"]) for p in kernel.prepared]
+    assert bound == [(1, 2, 0.5), (3, 1, 2.5), (5, 5, 30.0)]
+
+
+@pytest.mark.parametrize(
+    ("options", "mark"),
+    [
+        ({"window_size": (None, 0)}, "causal"),
+        ({"window_size": (-1, 0)}, "causal"),
+        ({"window_size": [None, 0]}, "causal"),
+        ({"window_size": (99, 0)}, "causal"),
+        ({"window_size": (None, 3), "causal": True}, "causal"),
+        ({"window_size": (None, None)}, "full"),
+        ({"window_size": (99, 99), "softcap": 0}, "full"),
+        ({"window_size": (np.int64(99), -1), "softcap": np.float32(0)}, "full"),
+    ],
+)
+def test_masks_that_say_the_same_are_the_same_kernel(
+    bench: Bench, options: dict[str, Any], mark: str
+) -> None:
+    q, k, v = tensors(9, 12)
+    wanted = expected(q, k, v, causal=mark == "causal")
+    for _ in range(2):
+        agree(autoflash.attention(q, k, v, **options, return_lse=True), wanted)
+    assert [kernel.artifact.source.text.split() for kernel in bench.kernels] == [[mark, "64"]]
+
+
+def eight_bits(**sizes: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tensors(dtype=torch.float8_e4m3fn, **sizes)
+
+
+def assert_scaled(
+    got: Any,
+    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    descales: dict[str, torch.Tensor],
+    tolerance: float,
+    **options: Any,
+) -> None:
+    """That (out, lse) are attention of what 8 bits and their descales stand for."""
+    exact = [
+        scaled(x, descales[name]) if name in descales else x.double()
+        for x, name in zip(given, ("q_descale", "k_descale", "v_descale"), strict=True)
+    ]
+    wanted, lse = expected(exact[0], exact[1], exact[2], **options)
+    assert got[0].dtype == torch.bfloat16
+    torch.testing.assert_close(got[0].double(), wanted, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(got[1], lse, atol=tolerance, rtol=tolerance)
+
+
+DESCALES = [(), ("q_descale", "k_descale", "v_descale"), ("k_descale",), ("q_descale", "v_descale")]
+
+
+@pytest.mark.parametrize("names", DESCALES)
+@pytest.mark.parametrize("options", [{}, {"causal": True, "softmax_scale": -0.5, "softcap": 2.0}])
+def test_eight_bits_with_and_without_descales(
+    bench: Bench, names: tuple[str, ...], options: dict[str, Any]
+) -> None:
+    q, k, v = eight_bits(dim_v=32)
+    descales = {name: torch.rand(2, 2) + 0.5 for name in names}
+    for _ in range(2):
+        got = autoflash.attention(q, k, v, **descales, **options, return_lse=True)
+        assert_scaled(got, (q, k, v), descales, 1e-2, **options)
+        alone = autoflash.attention(q, k, v, **descales, **options)
+        assert torch.equal(alone, got[0])
+    [kernel] = bench.kernels
+    assert kernel.artifact.source.op == "fwd_fp8"
+    assert len(kernel.prepared) == 1
+    for launch in kernel.launches:
+        given = [name in descales for name in ("q_descale", "k_descale", "v_descale")]
+        assert [address != 0 for address in launch[5:8]] == given
+
+
+def test_descales_of_any_strides(bench: Bench) -> None:
+    q, k, v = eight_bits(dim_v=32)
+    one = torch.tensor(0.5).expand(2, 2)
+    turned = (torch.rand(2, 2) + 0.5).t()
+    for _ in range(2):
+        descales = {"q_descale": one, "k_descale": turned, "v_descale": turned.contiguous()}
+        got = autoflash.attention(q, k, v, **descales, return_lse=True)
+        assert_scaled(got, (q, k, v), descales, 1e-2)
+    assert bench.launches == 2
+
+
+def test_eight_bits_by_pytorch(bench: Bench) -> None:
+    q, k, v = eight_bits(dim=12, dim_v=20)
+    descales = {"q_descale": torch.rand(2, 2), "v_descale": torch.rand(2, 2)}
+    with pytest.warns(RuntimeWarning, match="multiple of 8 up to 256"):
+        got = autoflash.attention(q, k, v, **descales, window_size=(2, 1), return_lse=True)
+    assert_scaled(got, (q, k, v), descales, 4e-2, window_size=(2, 1))
+    assert bench.launches == 0
+
+
+def test_eight_bits_of_zero_size(bench: Bench) -> None:
+    for descales in ({}, {"v_descale": torch.ones(2, 2)}):
+        q, k, v = eight_bits(seqlen_k=0)
+        out, lse = autoflash.attention(q, k, v, **descales, return_lse=True)
+        assert torch.equal(out, torch.zeros(2, 5, 4, 16, dtype=torch.bfloat16))
+        assert torch.isneginf(lse).all()
+    assert bench.launches == 0
+
+
+def test_autocast_leaves_eight_bits_alone(bench: Bench) -> None:
+    q, k, v = eight_bits()
+    descales = {"k_descale": torch.rand(2, 2)}
+    with torch.autocast("cpu", torch.float16):
+        got = autoflash.attention(q, k, v, **descales, return_lse=True)
+    assert_scaled(got, (q, k, v), descales, 1e-2)
+    assert bench.launches == 1
+
+
+def test_gradients_of_a_descale(bench: Bench) -> None:
+    q, k, v = eight_bits()
+    factor = torch.ones(2, 2, requires_grad=True)
+    with pytest.warns(RuntimeWarning, match="no backward kernels"):
+        out = autoflash.attention(q, k, v, v_descale=factor)
+    out.float().sum().backward()
+    wanted, _ = expected(q.double(), k.double(), v.double())
+    by_head = wanted.sum(dim=(1, 3)).view(2, 2, 2).sum(-1)  # out is linear in what v stands for
+    assert factor.grad is not None
+    torch.testing.assert_close(factor.grad.double(), by_head, atol=0.2, rtol=2e-2)
+    with torch.no_grad():
+        autoflash.attention(q, k, v, v_descale=factor)
+    assert bench.launches == 1
+
+
 # What is refused --------------------------------------------------------------------------------
 
 
@@ -367,6 +571,22 @@ def test_shapes(bench: Bench) -> None:
         ((q, k, v), {"softmax_scale": 1e39}, "not a finite float32"),
         ((q, k, v), {"softmax_scale": "1"}, "softmax_scale='1' is a str"),
         ((q, k, v), {"softmax_scale": torch.tensor(1.0)}, r"\.item\(\)"),
+        ((q, k, v), {"window_size": 128}, r"window_size=128 is not a pair; \(left, right\)"),
+        ((q, k, v), {"window_size": (1, 2, 3)}, r"window_size=\(1, 2, 3\) is not a pair"),
+        ((q, k, v), {"window_size": "12"}, "window_size='12' is not a pair"),
+        ((q, k, v), {"window_size": torch.ones(2)}, r"tensor of shape \(2,\) is not a pair"),
+        ((q, k, v), {"window_size": (-2, 0)}, r"left is -2; .* from 0 up .* None \(or -1\)"),
+        ((q, k, v), {"window_size": [0, -7]}, "right is -7"),
+        ((q, k, v), {"window_size": (True, 0)}, "left is True, a bool; a whole number"),
+        ((q, k, v), {"window_size": (0, 1.5)}, "right is 1.5, a float"),
+        ((q, k, v), {"window_size": (torch.tensor(3), 0)}, r"left is tensor .*\.item\(\)"),
+        ((q, k, v), {"softcap": -30.0}, r"softcap=-30.0 is neither 0.0 \(off\) nor a positive"),
+        ((q, k, v), {"softcap": math.nan}, "softcap=nan is neither"),
+        ((q, k, v), {"softcap": math.inf}, "softcap=inf is neither"),
+        ((q, k, v), {"softcap": 1e-45}, "from 1.18e-38 to 3.4e[+]38"),
+        ((q, k, v), {"softcap": True}, "softcap=True is a bool; a float"),
+        ((q, k, v), {"softcap": None}, "softcap=None is a NoneType; a float is needed, 0.0 for"),
+        ((q, k, v), {"softcap": torch.tensor(30.0)}, r"softcap=tensor .*\.item\(\)"),
     ]
     for times in range(2):  # the second time, the right call is remembered
         for arguments, options, message in refused:
@@ -374,6 +594,30 @@ def test_shapes(bench: Bench) -> None:
                 autoflash.attention(*arguments, **options)
         assert bench.launches == times
         autoflash.attention(q, k, v)
+    assert bench.launches == 2
+
+
+def test_what_is_wrong_with_eight_bits(bench: Bench) -> None:
+    q, k, v = tensors()
+    few = eight_bits()
+    ones = torch.ones(2, 2)
+    refused: list[tuple[tuple[Any, Any, Any], dict[str, Any], str]] = [
+        ((few[0], k, v), {}, "dtypes differ: .*8 bits or none: quantise the others too, or deq"),
+        ((few[0], few[1], v.bfloat16()), {"q_descale": ones}, "dtypes differ"),
+        ((q, k, v), {"k_descale": ones}, "k_descale is given, but .* are torch.float32.*Leave it"),
+        (few, {"q_descale": 0.5}, "q_descale=0.5 is a float; a float32 torch.Tensor of shape"),
+        (few, {"v_descale": ones.bfloat16()}, r"v_descale is torch.bfloat16.*v_descale\.float"),
+        (few, {"q_descale": torch.ones(2, 4)}, r"\(2, 4\); .*, here \(2, 2\)"),
+        (few, {"q_descale": torch.tensor(0.5)}, r"\(\); .*q_descale\.expand\(2, 2\)"),
+        (few, {"k_descale": ones.to("meta")}, r"k_descale is on meta.*k_descale\.to\('cpu'\)"),
+        (few, {"k_descale": ones.to_sparse()}, "k_descale is sparse"),
+    ]
+    for times in range(2):  # the second time, the right call is remembered
+        for arguments, options, message in refused:
+            with pytest.raises(InvalidInput, match=message):
+                autoflash.attention(*arguments, **options)
+        assert bench.launches == times
+        autoflash.attention(*few, q_descale=ones, k_descale=ones, v_descale=ones)
     assert bench.launches == 2
 
 
@@ -385,7 +629,7 @@ def test_a_wrong_layout_is_guessed(bench: Bench) -> None:
 
 
 def test_dtypes_that_nothing_takes(bench: Bench) -> None:
-    for dtype in (torch.int32, torch.complex64, torch.float8_e4m3fn):
+    for dtype in (torch.int32, torch.complex64, torch.float8_e5m2):
         q, k, v = (tensor.to(dtype) for tensor in tensors())
         with pytest.raises(UnsupportedProblem, match=f"dtype {dtype}.*Convert"):
             autoflash.attention(q, k, v)
@@ -420,28 +664,34 @@ def test_the_trace_of_torchscript_is_refused(bench: Bench) -> None:
 # A hit ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("options", [{}, {"window_size": (2, 1), "softcap": 3.0}])
 def test_a_hit_checks_reads_and_locks_nothing(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, k, v = tensors()
-    first = autoflash.attention(q, k, v)
+    few, factor = eight_bits(), torch.full((2, 2), 0.5)
+    first = autoflash.attention(q, k, v, **options)
+    scaled_first = autoflash.attention(*few, k_descale=factor, **options)
 
     def touched(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a hit came here")
 
     for module, name in (
         (request, "check"), (request, "problem_of"), (serving, "dispatcher"),
+        (options_of, "window_of"), (options_of, "softcap_of"),
         (prepare, "kernel_call"), (os.environ, "get"), (warnings, "warn"),
         (serving, "_lock"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, touched)
-    assert torch.equal(autoflash.attention(q, k, v), first)
-    assert torch.equal(autoflash.attention(q.clone(), k.clone(), v.clone()), first)
+    assert torch.equal(autoflash.attention(q, k, v, **options), first)
+    assert torch.equal(autoflash.attention(q.clone(), k.clone(), v.clone(), **options), first)
     agree(
-        autoflash.attention(q, k, v, softmax_scale=0.25, return_lse=True),
-        (first, *expected(q, k, v)[1:]),
+        autoflash.attention(q, k, v, softmax_scale=0.25, return_lse=True, **options),
+        (first, *expected(q, k, v, **options)[1:]),
     )
-    assert bench.launches == 4
+    again = autoflash.attention(*few, k_descale=factor.clone(), **options)
+    assert torch.equal(again, scaled_first)
+    assert bench.launches == 6
 
 
 def test_what_was_prepared_is_bounded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -584,6 +834,63 @@ def test_transforms_of_functions_are_served_by_pytorch(bench: Bench) -> None:
     assert bench.launches == 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window_size": (3, -1), "softcap": 1.5},
+        {"window_size": (2, 1)},
+        {"softcap": 1.5, "causal": True, "softmax_scale": -0.3},
+    ],
+)
+def test_gradients_under_a_window_and_a_softcap(bench: Bench, options: dict[str, Any]) -> None:
+    inputs = tensors(6, 9)
+    q, k, v = (tensor.clone().requires_grad_() for tensor in inputs)
+    with pytest.warns(RuntimeWarning, match="no backward kernels yet"):
+        out = autoflash.attention(q, k, v, **options)
+    into = torch.randn_like(out)
+    out.backward(into)
+    exact = [tensor.double().requires_grad_() for tensor in inputs]
+    left, right = (None if x == -1 else x for x in options.get("window_size", (-1, -1)))
+    wanted, _ = by_definition(
+        exact[0], exact[1], exact[2], options.get("causal", False),
+        options.get("softmax_scale", 0.25), (left, right), options.get("softcap", 0.0),
+    )  # fmt: skip
+    wanted.backward(into.double())
+    torch.testing.assert_close(out.detach().double(), wanted.detach(), atol=1e-5, rtol=0)
+    for got, reference in zip((q, k, v), exact, strict=True):
+        assert got.grad is not None
+        assert reference.grad is not None
+        torch.testing.assert_close(got.grad.double(), reference.grad, atol=1e-5, rtol=1e-4)
+    assert bench.launches == 0
+
+
+@IMPORTS_TORCHSCRIPT
+def test_transforms_of_a_window_and_a_softcap(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fallback, "_SCORES_AT_ONCE", 64)  # in parts, which it cannot recompute
+    q, k, v = tensors(6, 9)
+
+    def call(q: torch.Tensor) -> torch.Tensor:
+        return autoflash.attention(q, k, v, window_size=(3, 2), softcap=2.0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gradient = torch.func.grad(lambda q: call(q).sum())(q)
+        both = torch.func.vmap(call)(torch.stack([q, 2 * q]))
+        _, tangent = torch.func.jvp(call, (q,), (torch.ones_like(q),))
+    exact = q.double().requires_grad_()
+    by_definition(exact, k, v, False, 0.25, (3, 2), 2.0)[0].sum().backward()
+    assert exact.grad is not None
+    torch.testing.assert_close(gradient.double(), exact.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        both[1], expected(2 * q, k, v, window_size=(3, 2), softcap=2.0)[0], atol=1e-5, rtol=0
+    )
+    # d/dq of the sum along ones, and the sum of the tangent along ones, are one number.
+    torch.testing.assert_close(tangent.sum().double(), exact.grad.sum(), atol=1e-4, rtol=1e-4)
+    assert bench.launches == 0
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_autocast(bench: Bench, grad: bool) -> None:
     q, k, v = tensors()
@@ -624,6 +931,81 @@ def test_torch_compile_without_a_break(bench: Bench) -> None:
         q, k, v = tensors(5, seqlen_k)
         agree(compiled(q, k, v), expected(q * 2, k, v, causal=True))
     assert bench.launches == 3
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_torch_compile_of_windows_and_softcaps_that_change(
+    bench: Bench, grad: bool, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fallback, "_SCORES_AT_ONCE", 256)  # parts, where PyTorch serves
+
+    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: Any, cap: float) -> Any:
+        return autoflash.attention(q * 2, k, v, window_size=window, softcap=cap, return_lse=True)
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for window, softcap in (((3, 2), 1.5), ((4, 1), 2.5), ((2, -1), 0.5), (None, 0.0)):
+        q, k, v = tensors(6, 9)
+        out, lse = compiled(q.requires_grad_(grad), k, v, window, softcap)
+        options: dict[str, Any] = {"window_size": window, "softcap": softcap}
+        agree((out.detach(), lse.detach()), expected(q * 2, k, v, **options))
+        if grad:
+            out.sum().backward()
+            eager = q.detach().clone().requires_grad_()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                autoflash.attention(eager * 2, k, v, **options).sum().backward()
+            assert q.grad is not None
+            assert eager.grad is not None
+            torch.testing.assert_close(q.grad, eager.grad, atol=1e-5, rtol=1e-4)
+    assert bench.launches == (0 if grad else 4)
+    torch.compiler.reset()
+
+
+def test_gradients_of_compiled_eight_bits(bench: Bench) -> None:
+    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: torch.Tensor) -> Any:
+        return autoflash.attention(q, k, v, v_descale=factor, causal=True)
+
+    given = eight_bits()
+    eager, compiled = (torch.full((2, 2), 0.5, requires_grad=True) for _ in range(2))
+    with pytest.warns(RuntimeWarning, match="no backward kernels"):
+        model(*given, eager).float().sum().backward()
+    compile_ = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compile_(*given, compiled).float().sum().backward()
+    assert eager.grad is not None
+    assert compiled.grad is not None
+    assert eager.grad.abs().max() > 0.1
+    torch.testing.assert_close(compiled.grad, eager.grad)
+    assert bench.launches == 0
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.usefixtures("bench")
+def test_the_operator_with_gradients_keeps_pytorchs_rules(return_lse: bool, layout: str) -> None:
+    autoflash.attention(*tensors())  # registers it
+    for seqlen_q, seqlen_k in ((6, 9), (9, 6)):
+        given = tensors(seqlen_q, seqlen_k, dim_v=24, layout=layout)
+        q, k, v = (tensor.requires_grad_() for tensor in given)
+        torch.library.opcheck(
+            torch.ops.autoflash.fwd_by_torch.default,
+            (q, k, v, None, None, None, False, 4, 1, 2.0, 0.25, return_lse, layout),
+        )
+
+
+def test_torch_compile_of_eight_bits(bench: Bench) -> None:
+    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: torch.Tensor) -> Any:
+        out, lse = autoflash.attention(q, k, v, k_descale=factor * 2, return_lse=True)
+        return out + 0, lse
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    given, factor = eight_bits(), torch.rand(2, 2)
+    got = compiled(*given, factor)
+    assert_scaled(got, given, {"k_descale": factor * 2}, 1e-2)
+    assert bench.launches == 1
     torch.compiler.reset()
 
 
@@ -689,6 +1071,10 @@ def test_the_operator_keeps_pytorchs_rules(bench: Bench, return_lse: bool, layou
         torch.library.opcheck(
             torch.ops.autoflash.fwd.default, (*arguments, True, 0.5, return_lse, layout)
         )
+    more = {"window_left": 2, "window_right": 1, "softcap": 3.0}
+    torch.library.opcheck(
+        torch.ops.autoflash.fwd.default, (*arguments, False, None, return_lse, layout), more
+    )
     assert bench.launches > 0
 
 
@@ -708,6 +1094,9 @@ def test_fake_and_meta_tensors_have_the_shapes_of_real_ones(bench: Bench) -> Non
                 wanted.shape, wanted.stride(), wanted.dtype,
             )  # fmt: skip
     assert bench.launches == 1
+    few = [tensor.to("meta") for tensor in eight_bits()]
+    out, lse = autoflash.attention(*few, v_descale=torch.ones(2, 2, device="meta"), return_lse=True)
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_a_mistake_in_compiled_code_is_named(bench: Bench) -> None:
@@ -745,6 +1134,17 @@ def test_a_record_decides_which_kernel_runs(bench: Bench) -> None:
     agree(autoflash.attention(q, k, v, return_lse=True), expected(q, k, v))
     assert bench.kernels[0].artifact.source.text.strip() == "full 32"
     assert len(bench.kernels) == 1
+
+
+def test_warming_up_for_windows_softcaps_and_eight_bits(bench: Bench) -> None:
+    names = ["b2s9x12h4/2d16cw3cap2.5-float32", "b2s9x12h4/2d16fw5x1-float8_e4m3fn"]
+    warmed = autoflash.warmup(names, device="cpu")
+    assert [each.served.problem.name for each in warmed] == names
+    assert len(bench.kernels) == 2
+    autoflash.attention(*tensors(9, 12), causal=True, window_size=(4, 2), softcap=7.0)
+    few = eight_bits(seqlen_q=9, seqlen_k=12)
+    autoflash.attention(*few, window_size=(None, 3), q_descale=torch.ones(2, 2))
+    assert [len(kernel.launches) for kernel in bench.kernels] == [1, 1]
 
 
 def test_warming_up_builds_ahead(bench: Bench) -> None:

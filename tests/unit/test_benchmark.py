@@ -61,6 +61,28 @@ def test_the_cpu_grid_has_both_dtypes_and_both_masks() -> None:
     assert {(p.batch, p.num_heads, p.num_kv_heads) for p in GRIDS["cpu"]} == {(1, 8, 8)}
 
 
+def test_the_grids_of_windows_softcap_and_8_bits() -> None:
+    windows = GRIDS["fwd-window"]
+    assert all(p.local and not p.softcapped for p in windows)
+    cells = {(p.head_dim, p.window_left) for p in windows if p.causal}
+    assert cells >= {(dim, left) for dim in (64, 128) for left in (128, 1024, 4096)}
+    assert {p.seqlen_q for p in windows} == {4096, 8192, 16384}
+    assert any(p.window_right for p in windows)
+    caps = GRIDS["fwd-softcap"]
+    assert {p.softcap for p in caps} == {50.0}
+    assert {p.head_dim for p in caps} == {128, 256}
+    assert any(p.local for p in caps)
+    assert {(p.head_dim, p.seqlen_q, p.causal) for p in GRIDS["fwd-fp8"]} == {
+        (dim, seqlen, causal)
+        for dim in (64, 128, 256)
+        for seqlen in (4096, 16384)
+        for causal in (True, False)
+    }
+    for p in GRIDS["fwd-fp8"]:
+        assert (p.op, p.dtype) == ("fwd_fp8", "float8_e4m3fn")
+        assert (p.batch * p.seqlen_q, p.num_heads * p.head_dim) == (16384, 2048)
+
+
 @pytest.mark.parametrize("name", list(GRIDS))
 def test_names_of_grids_read_back(name: str) -> None:
     assert grid(name) == GRIDS[name]
@@ -151,6 +173,30 @@ def test_every_provider_gets_a_row_and_ours_says_what_served_it(cpu: Device) -> 
     assert document["date"].endswith("Z")
     assert {"problem", "provider", "latency_us", "tflops"} <= document["rows"][0].keys()
     assert len(document["rows"]) == len(PROVIDERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "able"),
+    [
+        ("b1s60h2d32cw9-float32", {"autoflash", "sdpa", "math", "naive"}),
+        ("b1s60x80h4/2d32fw9x20-bfloat16", {"autoflash", "sdpa", "math", "naive"}),
+        ("b1s60h2d32ccap20-float32", {"autoflash", "naive"}),
+        ("b1s60h2d32cw20cap20-bfloat16", {"autoflash", "naive"}),
+        ("b2s60h4/2d32c-float8_e4m3fn", {"autoflash", "naive"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*PyTorch serves")
+def test_windows_softcap_and_8_bits_are_compared(name: str, able: set[str], cpu: Device) -> None:
+    report = run([Problem.parse(name)], cpu, rounds=3, budget_ms=2)
+    rows = {row.provider: row for row in report.rows}
+    assert {provider for provider, row in rows.items() if row.outcome == "ok"} == able, {
+        provider: row.reason for provider, row in rows.items()
+    }
+    assert all(row.outcome in ("ok", "unavailable") for row in rows.values())
+    ours = rows["autoflash"]
+    assert ours.error_ratio is not None
+    assert ours.tflops is not None
+    assert ours.tflops > 0
 
 
 def _add(monkeypatch: pytest.MonkeyPatch, name: str, make: peers.Make, *, fused: bool) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from autoflash import build, settings
-from autoflash.build import cpp
+from autoflash.build import cpp, library
 from autoflash.codegen import ops
 from autoflash.codegen.template import Source
 from autoflash.device import Device, for_arch
@@ -57,25 +57,26 @@ def calls(script: Path) -> int:
     return (script.parent / "calls").read_text().count("\n")
 
 
-SCALARS = (1, 2, 3, 1, 1, *range(12))
+# Sizes, window bounds, twelve strides and softcap, which is a float.
+SCALARS = (1, 2, 3, 1, 1, 3, 2, *range(12), 30.5)
 
 
 def test_arguments_arrive() -> None:
     # Writes what it was given into `lse`, and returns 0.
     names = [argument.name for argument in ops.FWD.scalars]
     body = " ".join(f"lse[{i}] = float({name});" for i, name in enumerate(names))
-    body += " lse[17] = softmax_scale; lse[18] = float(num_threads); lse[19] = q == 0; return 0;"
+    body += " lse[20] = softmax_scale; lse[21] = float(num_threads); lse[22] = q == 0; return 0;"
     kernel = build.build(source(body), CPU)
     import ctypes
 
-    seen = (ctypes.c_float * 20)()
+    seen = (ctypes.c_float * 23)()
     kernel.prepare(SCALARS)(0, 0, 0, 0, ctypes.addressof(seen), 0.25, 7)
     assert list(seen) == [*SCALARS, 0.25, 7, 1]
 
 
 def test_large_strides_arrive_whole() -> None:
     kernel = build.build(source("return q_stride_batch == (int64_t(1) << 40) ? 0 : 2;"), CPU)
-    scalars = (*SCALARS[:5], 1 << 40, *SCALARS[6:])
+    scalars = (*SCALARS[:7], 1 << 40, *SCALARS[8:])
     kernel.prepare(scalars)(0, 0, 0, 0, 0, 1.0, 1)
     with pytest.raises(BuildError, match="cpp/of-a-test: launch returned 2"):
         kernel.prepare(SCALARS)(0, 0, 0, 0, 0, 1.0, 1)
@@ -177,14 +178,26 @@ def test_no_compiler(command: str, cache_dir: Path, monkeypatch: pytest.MonkeyPa
     assert "apt-get install g++" in str(caught.value)
 
 
+def test_what_was_built_is_found_without_a_compiler(
+    compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = build.compile_source(source(), CPU)
+    monkeypatch.setenv("AUTOFLASH_CXX", "no-such-compiler")
+    settings.get.cache_clear()
+    assert build.compile_source(source(), CPU) == built
+    build.load(built).prepare(SCALARS)(0, 0, 0, 0, 0, 1.0, 1)
+    with pytest.raises(ToolchainMissing):
+        build.compile_source(source("return 0; // another"), CPU)
+
+
 def test_no_ninja(compiler: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cpp._compiler(settings.get().cxx)  # found before PATH is emptied
     monkeypatch.setitem(sys.modules, "ninja", None)
     monkeypatch.setenv("PATH", str(tmp_path))
-    cpp._ninja.cache_clear()
+    library.ninja.cache_clear()
     with pytest.raises(ToolchainMissing, match="pip install ninja"):
         build.compile_source(source(), CPU)
-    cpp._ninja.cache_clear()
+    library.ninja.cache_clear()
 
 
 def test_a_library_that_cannot_be_loaded(cache_dir: Path) -> None:

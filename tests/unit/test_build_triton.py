@@ -164,6 +164,18 @@ def test_loading_without_a_gpu_is_a_build_error():
         builder.load(builder.compile_source(rendered(), SM80))
 
 
+def test_scalars_reach_a_kernel_as_what_they_are(cache_dir):
+    # Those that a launch passes: sizes and window in 32 bits, strides in 64, the cap as a float.
+    types = ops.FWD.triton_signature("float16")
+    assert [types[argument.name] for argument in ops.FWD.scalars] == [
+        *["i32"] * 7,
+        *["i64"] * 12,
+        "fp32",
+    ]
+    body = "    tl.store(lse + 0, window_left + 2.0 * window_right + softcap)"
+    assert builder.compile_source(source_of(body), SM80).resources.binary_bytes > 0
+
+
 def compiled_with(launcher: SimpleNamespace, grid: tuple[int, ...]) -> builder._Compiled:
     """A loaded kernel without a device: what `prepare` reads is set by hand."""
     kernel = builder._Compiled.__new__(builder._Compiled)
@@ -184,7 +196,7 @@ def launcher_with(calls: list[tuple], scratch: int = 0, **more: object) -> Simpl
     )
 
 
-SCALARS = tuple(range(100, 117))
+SCALARS: tuple[int | float, ...] = (*range(100, 119), 30.5)
 POINTERS = (1, 2, 3, 4, 0)
 
 

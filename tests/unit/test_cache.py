@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -51,8 +53,6 @@ def test_threads_that_want_one_digest_build_it_once(cache_dir: Path) -> None:
 
 
 def test_deleting_the_cache_is_safe(cache_dir: Path) -> None:
-    import shutil
-
     made = cache.find_or_make("0011", lambda directory: (directory / "x").touch())
     shutil.rmtree(cache_dir)
     assert cache.find_or_make("0011", lambda directory: (directory / "x").touch()) == made
@@ -90,3 +90,40 @@ def test_a_lock_held_too_long_names_the_file(
         pytest.raises(CacheError, match=r"6677.lock was held for more than"),
     ):
         cache.find_or_make("6677", lambda directory: None)
+
+
+def test_what_was_made_last_for_a_request_is_found(cache_dir: Path) -> None:
+    def fill(directory: Path) -> None:
+        (directory / "x").touch()
+
+    assert cache.find_built("r1") is None
+    cache.find_or_make("aa", fill, request="r1")
+    newer = cache.find_or_make("bb", fill, request="r1")
+    assert cache.find_built("r1") == newer
+    assert cache.find_built("r2") is None
+    shutil.rmtree(newer)
+    assert cache.find_built("r1") is None
+
+
+def test_a_failed_build_keeps_the_note_of_the_last_good_one(cache_dir: Path) -> None:
+    good = cache.find_or_make("aa", lambda directory: (directory / "x").touch(), request="r1")
+
+    def fail(directory: Path) -> None:
+        raise RuntimeError("compiler said no")
+
+    with pytest.raises(RuntimeError, match="compiler said no"):
+        cache.find_or_make("bb", fail, request="r1")
+    assert cache.find_built("r1") == good
+
+
+def test_what_a_read_only_cache_holds_is_used(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = cache.find_or_make("aa", lambda directory: (directory / "x").touch(), request="r1")
+
+    def no(directory: Path) -> bool:
+        raise AssertionError("nothing need be written")
+
+    monkeypatch.setattr(cache, "_writable", functools.cache(no))
+    assert cache.find_or_make("aa", lambda directory: None, request="r1") == made
+    assert cache.find_built("r1") == made

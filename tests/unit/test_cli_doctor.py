@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from autoflash import settings
+from autoflash.build import nvcc
 from autoflash.cli import doctor, main
 from autoflash.codegen import catalog
 
@@ -163,7 +164,37 @@ def test_a_probe_that_fails_does_not_end_the_visit(setting: pytest.MonkeyPatch) 
     assert [each.found for each in broken] == ["RuntimeError: unforeseen"]
 
 
-def test_nvcc_is_missed_only_by_templates_that_need_it(setting: pytest.MonkeyPatch) -> None:
-    setting.setattr(doctor.shutil, "which", lambda *_, **__: None)
+def test_the_three_states_of_a_machine(
+    cache_dir: Path, setting: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    setting.setattr(nvcc, "unavailable", lambda: None)
+    compiler = nvcc.Compiler("/opt/nvcc", "13.0.88", (), ())
+    setting.setattr(nvcc, "compiler", lambda: compiler)
+    setting.setattr(nvcc, "headers", lambda: nvcc.Headers(tmp_path, "4.2.0"))
+    can_build = finding("nvcc")
+    assert (can_build.status, can_build.costs) == ("ok", "")
+    assert can_build.found == "can build: /opt/nvcc 13.0.88, CUTLASS 4.2.0"
+
+    setting.setattr(nvcc, "unavailable", lambda: "a compiler")
+    neither = finding("nvcc")
+    assert neither.found == "neither a compiler nor built kernels; it would take a compiler"
+    for digest, arch in (("aa01", "sm90"), ("aa02", "sm90"), ("bb03", "sm80")):
+        made = cache_dir / "kernels" / digest[:2] / digest
+        made.mkdir(parents=True)
+        (made / "kernel.cu").touch()
+        (made / "meta.json").write_text(json.dumps({"arch": arch}))
+    (cache_dir / "kernels" / "bb" / "bb03" / "kernel.cu").with_name("meta.json").write_text("{")
+    binaries = finding("nvcc")
+    assert binaries.found == "binaries only: 2 for sm90; it would take a compiler"
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_nvcc_is_missed_by_templates_that_need_it_where_they_could_run(
+    cache_dir: Path, setting: pytest.MonkeyPatch, gpu: bool
+) -> None:
+    setting.setattr(nvcc, "unavailable", lambda: "a compiler")
     needs_it = any(t.language == "cuda" for t in catalog.installed().templates.values())
-    assert finding("nvcc").status == ("missing" if needs_it else "absent")
+    found = doctor._nvcc(gpu)
+    assert found.status == ("missing" if needs_it and gpu else "absent")
+    if needs_it:
+        assert "autoflash[cuda,nvcc]" in found.next_step

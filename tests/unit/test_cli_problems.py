@@ -40,6 +40,61 @@ def test_a_size_that_is_not_given_is_the_usual_one_of_the_device() -> None:
     ]  # fmt: skip
 
 
+def test_windows_and_caps_go_with_every_size() -> None:
+    chosen = Selection(
+        seqlen="64,128", heads="2", head_dim="64", dtype="float32", window="20", softcap="0,50"
+    )
+    assert names(chosen) == [
+        f"b1s{seqlen}h2/2d64{mask}{cap}-float32"
+        for seqlen in (64, 128)
+        for mask in ("cw20", "fw20xinf")
+        for cap in ("", "cap50")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("window", "causal", "found"),
+    [
+        ("20", True, ["cw20"]),
+        ("20,5", None, ["fw20x5"]),  # a causal row sees nothing after its own
+        ("20,5", False, ["fw20x5"]),
+        ("20,0", None, ["cw20"]),
+        ("inf,5", None, ["fwinfx5"]),
+        ("-1,5", None, ["fwinfx5"]),
+        ("20,inf", None, ["cw20", "fw20xinf"]),
+        ("500,500", None, ["f"]),  # that hides nothing
+        ("inf", None, ["c", "f"]),
+    ],
+)
+def test_a_window_is_one_bound_or_two(window: str, causal: bool | None, found: list[str]) -> None:
+    chosen = Selection(seqlen="128", heads="1", dtype="float32", window=window, causal=causal)
+    assert names(chosen) == [f"b1s128h1/1d64{mask}-float32" for mask in found]
+
+
+def test_windows_and_caps_choose_within_a_grid() -> None:
+    local = Selection(grid="fwd-window", window="1024", head_dim="64").problems(SM80)
+    assert [p.name for p in local] == [
+        "b4s4096h32/32d64cw1024-bfloat16", "b1s16384h32/32d64cw1024-bfloat16"
+    ]  # fmt: skip
+    assert Selection(grid="fwd-window", window="128,128").problems(SM80) == [
+        Problem.parse("b2s8192h16d64fw128x128")
+    ]
+    capped = Selection(grid="fwd-softcap", softcap="50", window="inf").problems(SM80)
+    assert len(capped) == 4
+    assert not any(p.local for p in capped)
+    with pytest.raises(InvalidInput, match="none of the"):
+        Selection(grid="fwd-softcap", softcap="0").problems(SM80)
+
+
+def test_8_bits_are_tuned_only_where_they_are_asked_for() -> None:
+    assert "float8_e4m3fn" not in {p.dtype for p in Selection(head_dim="64").problems(SM80)}
+    [problem] = Selection(
+        dtype="float8_e4m3fn", head_dim="128", seqlen="4096", causal=True
+    ).problems(SM80)
+    assert problem.name == "b4s4096h16/16d128c-float8_e4m3fn"
+    assert problem.op == "fwd_fp8"
+
+
 def test_key_rows_and_value_dims_follow_unless_given() -> None:
     [problem] = Selection(
         seqlen="1", seqlen_k="777", head_dim="192", head_dim_v="128", dtype="float16", causal=True
@@ -102,6 +157,15 @@ def wrong_file(tmp_path: Path, text: bytes) -> Path:
         (Selection(heads="3", kv_heads="2"), InvalidInput, "num_heads=3 is not a multiple"),
         (Selection(grid="cpu", head_dim="7"), InvalidInput, "none of the .* grid 'cpu'"),
         (Selection(file=Path("/does/not/exist")), UnknownName, "/does/not/exist"),
+        (Selection(window="x"), InvalidInput, "--window 'x' is not a whole number"),
+        (Selection(window="1,2,3"), InvalidInput, "--window '1,2,3' is not LEFT"),
+        (Selection(window=","), InvalidInput, "--window ',' is not LEFT"),
+        (Selection(window="8,8", causal=True), InvalidInput, "--window 8,8 sees 8 keys after"),
+        (Selection(softcap="x"), InvalidInput, "--softcap 'x' is not a number"),
+        (Selection(softcap="-1"), InvalidInput, "softcap=-1.0"),
+        (Selection(softcap="nan"), InvalidInput, "softcap=nan"),
+        (Selection(shape=["b1s1h1d8c"], window="2"), InvalidInput, "--window says nothing beside"),
+        (Selection(shape=["b1s1h1d8c"], softcap="2"), InvalidInput, "--softcap says nothing"),
     ],
 )
 def test_what_cannot_be_meant_names_option_and_value(
@@ -133,3 +197,9 @@ def test_matching_keeps_the_records_of_the_problems_asked_for() -> None:
     assert Selection().matching([one, two]) == [one, two]
     assert Selection(causal=True).matching([one, two]) == [one]
     assert Selection(shape=["b1s32h1d64f-float32"]).matching([one, two]) == [two]
+    local, capped = Known("b1s32h1d64cw5-float32"), Known("b1s32h1d64fcap5-float32")
+    everything = [one, two, local, capped]
+    assert Selection(window="5").matching(everything) == [local]
+    assert Selection(window="inf").matching(everything) == [one, two, capped]
+    assert Selection(softcap="5,6").matching(everything) == [capped]
+    assert Selection(softcap="0", causal=True).matching(everything) == [one, local]

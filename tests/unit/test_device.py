@@ -36,6 +36,15 @@ def test_the_cpu_reports_its_cores_and_extensions() -> None:
     assert cpu.capability == 0
     assert cpu == device.of_tensor("cpu", None)
     assert cpu.tflops_peak("float32") > 0
+    assert cpu.tflops_peak("float8_e4m3fn") == 0
+
+
+@pytest.mark.parametrize(
+    ("arch", "rate"), [("sm80", 0), ("sm86", 0), ("sm89", 330), ("sm90", 1978), ("sm100", 4500)]
+)
+def test_8_bits_are_twice_as_fast_where_there_are_units_for_them(arch: str, rate: float) -> None:
+    assert KNOWN_GPUS[arch].tflops_peak("float8_e4m3fn") == rate
+    assert KNOWN_GPUS[arch].tflops_peak("bfloat16") == KNOWN_GPUS[arch].tflops_16bit
 
 
 def test_a_tensor_elsewhere_is_refused() -> None:

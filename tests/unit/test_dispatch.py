@@ -57,7 +57,7 @@ class Built(Kernel):
         resources = Resources(compile_s=0.0, binary_bytes=0)
         super().__init__(Artifact(source, device.arch, source.digest, Path(), resources))
 
-    def prepare(self, scalars: tuple[int, ...]) -> Launch:
+    def prepare(self, scalars: tuple[int | float, ...]) -> Launch:
         raise NotImplementedError
 
 
@@ -153,6 +153,44 @@ def test_a_record_too_far_away_does_not_stand_in(catalog: Catalog) -> None:
     edge = Problem.parse("b1s8192h8d64c")
     assert edge.distance(far.problem) == MAX_DISTANCE
     assert Dispatcher(HERE, [far], catalog, Builder()).serve(edge).record is far
+
+
+def test_masks_that_are_compiled_differently_do_not_stand_in(catalog: Catalog) -> None:
+    full = record(catalog, ASKED)
+    windowed = record(catalog, "b1s1024h8d64cw127", config=values(block_m=128))
+    capped = record(catalog, "b1s1024h8d64ccap50", config=values(num_stages=2))
+    dispatcher = Dispatcher(HERE, [full, windowed, capped], catalog, Builder())
+    for name, wanted in (
+        ("b1s2048h8d64c", full), ("b1s2048h8d64cw255", windowed), ("b1s2048h8d64ccap30", capped),
+    ):  # fmt: skip
+        served = dispatcher.serve(Problem.parse(name))
+        assert (served.rule, served.record) == ("bucket", wanted)
+    assert dispatcher.serve(Problem.parse("b1s1024h8d64cw127")).rule == "exact"
+    assert dispatcher.serve(Problem.parse("b1s1024h8d64cw127cap50")).rule == "default"
+
+
+def test_windows_and_softcaps_of_all_values_share_a_kernel(catalog: Catalog) -> None:
+    builder = Builder()
+    dispatcher = Dispatcher(HERE, [], catalog, builder)
+    names = ("b1s64h8d64fw3x5cap1.5", "b2s96h8d64fw90cap50", "b1s7h1d64fwinfx2cap20")
+    kernels = {id(dispatcher.serve(Problem.parse(name)).kernel) for name in names}
+    assert len(kernels) == len(builder.sources) == 1
+
+
+def test_an_explanation_tells_masks_apart(catalog: Catalog) -> None:
+    stored = record(catalog, "b1s1024h8d64cw127cap50")
+    told = explain(
+        "b1s1024h8d64cw63cap30", dispatcher=Dispatcher(HERE, [stored], catalog, Builder())
+    )
+    assert (told.rule, told.record) == ("bucket", stored)
+    other = explain(ASKED, dispatcher=Dispatcher(HERE, [stored], catalog, Builder()))
+    [neighbour] = other.nearest
+    assert neighbour.differences == {"window_left": (None, 127), "softcap": (0.0, 50.0)}
+    assert neighbour.unusable == "no kernel fits both problems"
+    eight = explain(
+        "b1s1024h8d64c-float8_e4m3fn", dispatcher=Dispatcher(HERE, [], catalog, Builder())
+    )
+    assert eight.refused == {"triton/fwd": "op is fwd"}
 
 
 def test_evidence_counts_before_distance(catalog: Catalog) -> None:
@@ -390,7 +428,8 @@ def test_a_new_length_asks_a_template_nothing_again(monkeypatch: pytest.MonkeyPa
         return evaluate(self, expression, scope, what)
 
     monkeypatch.setattr(Template, "_evaluate", counted)
-    dispatcher = Dispatcher(HERE, [], installed(), Built)
+    triton = Catalog(installed().root, {"triton/fwd": installed().get("triton/fwd")})
+    dispatcher = Dispatcher(HERE, [], triton, Built)
     first = dispatcher.serve(Problem.parse("b4s1x1000h32/8d128c"))
     assert first.rule == "default"
     assert any(what.startswith("constraint") for what in asked)

@@ -34,8 +34,8 @@ def built(problem: Problem, device: Device = CPU, **tunables: Any) -> Kernel:
     return build.build(TEMPLATE.render(config, problem, device), device)
 
 
-def of_shape(dtype: str, sq: int, sk: int, d: int, *, causal: bool = False, **more: int) -> Problem:
-    sizes = {"batch": 2, "num_heads": 2, "num_kv_heads": 2, **more}
+def of_shape(dtype: str, sq: int, sk: int, d: int, *, causal: bool = False, **more: Any) -> Problem:
+    sizes: dict[str, Any] = {"batch": 2, "num_heads": 2, "num_kv_heads": 2, **more}
     return Problem(dtype=dtype, seqlen_q=sq, seqlen_k=sk, head_dim=d, causal=causal, **sizes)
 
 
@@ -58,21 +58,37 @@ def tensors(problem: Problem, layout: str, seed: int) -> list[torch.Tensor]:
     return [*inputs, out]
 
 
+def visible_mask(problem: Problem) -> torch.Tensor:
+    """(seqlen_q, seqlen_k): which keys each row sees."""
+    sq, sk = problem.seqlen_q, problem.seqlen_k
+    visible = torch.ones(sq, sk, dtype=torch.bool)
+    right = 0 if problem.causal else problem.window_right
+    if right is not None:
+        visible = visible.tril(sk - sq + right)
+    if problem.window_left is not None:
+        visible = visible.triu(sk - sq - problem.window_left)
+    return visible
+
+
 def expected(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of bhsd tensors: out and lse in float64, and out by PyTorch in the tensors' own dtype."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    sq, sk = q.shape[2], k.shape[2]
-    visible = torch.ones(sq, sk, dtype=torch.bool)
-    if causal:
-        visible = visible.tril(sk - sq)
-    scores = (q.double() @ k.double().transpose(-1, -2) * scale).masked_fill(~visible, -math.inf)
+    sk, visible, softcap = k.shape[2], visible_mask(problem), problem.softcap
+    scores = q.double() @ k.double().transpose(-1, -2) * scale
+    if softcap:
+        scores = (scores / softcap).tanh() * softcap
+    scores = scores.masked_fill(~visible, -math.inf)
     lse = scores.logsumexp(-1) if sk else torch.full(scores.shape[:3], -math.inf).double()
     out = torch.exp(scores - lse.clamp(min=-1e300)[..., None]) @ v.double()
     if not sk:
         return out, lse, out
+    if softcap:
+        capped = ((q @ (k * scale).transpose(-1, -2)) / softcap).tanh() * softcap
+        weights = capped.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num(0.0)
+        return out, lse, weights @ v
     some = visible.any(-1)  # PyTorch's answer for a row without a key is not ours
     low = F.scaled_dot_product_attention(q, k, v, attn_mask=visible | ~some[:, None], scale=scale)
     return out, lse, torch.where(some[:, None], low, 0.0)
@@ -89,14 +105,15 @@ def check(
     p = problem
     scale = p.head_dim**-0.5 if scale is None else scale
     lse = torch.full((p.batch, p.num_heads, p.seqlen_q), math.nan) if with_lse else None
-    kernel(*given, lse, scale, layout)
+    kernel(*given, lse, scale, layout, problem=p)
     q, k, v, out = (x.transpose(1, 2) if layout == "bshd" else x for x in given)
-    want, want_lse, low = expected(q, k, v, p.causal, scale)
+    want, want_lse, low = expected(q, k, v, p, scale)
     assert not out.isnan().any(), f"{p.name}: NaN in out"
     if not out.numel():
         return
     error = (out.double() - want).abs().max().item()
-    allowed = 2 * (low.double() - want).abs().max().item() + ATOL[p.dtype]
+    factor = 3 if p.softcapped else 2  # as in the FlashAttention tests
+    allowed = factor * (low.double() - want).abs().max().item() + ATOL[p.dtype]
     assert error <= allowed, f"{p.name}: error {error:.2e}, allowed {allowed:.2e}"
     if lse is not None:
         assert torch.equal(lse.isneginf(), want_lse.isneginf()), f"{p.name}: rows without a key"
@@ -139,6 +156,81 @@ def test_sequence_lengths(dtype: str, causal: bool) -> None:
     for seed, (sq, sk) in enumerate(SEQLENS):
         problem = of_shape(dtype, sq, sk, 64, causal=causal)
         check(kernel, problem, tensors(problem, "bshd", seed))
+
+
+WINDOWS = [
+    # seqlen_q, seqlen_k, window_left, window_right
+    (300, 300, 20, 30), (300, 300, 0, 0), (300, 300, 0, 5), (300, 300, 5, 0), (300, 300, 250, 1),
+    (300, 300, None, 7), (300, 300, 7, None), (100, 700, 130, 9), (100, 700, 350, None),
+    (700, 100, 9, 130), (700, 100, 5, 5), (700, 100, None, 3), (1, 400, 99, 0), (7, 400, 99, 3),
+    (400, 1, 3, 9), (9, 0, 2, 2), (0, 9, 2, 2), (257, 263, 96, 48),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prepack", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_windows(dtype: str, prepack: bool) -> None:
+    sizes = (200, 300) if not prepack else (300, 300)
+    kernel = built(of_shape(dtype, *sizes, 64, window_left=9, window_right=9), prepack=prepack)
+    for seed, (sq, sk, left, right) in enumerate(WINDOWS):
+        problem = of_shape(dtype, sq, sk, 64, window_left=left, window_right=right)
+        check(kernel, problem, tensors(problem, "bshd", seed))
+
+
+@pytest.mark.parametrize("tunables", [{}, {"panels": 2}, {"prepack": True}], ids=str)
+def test_windows_of_grouped_heads(tunables: dict[str, Any]) -> None:
+    for sq, sk, left, right in ((1, 300, 70, 0), (37, 300, 70, 4), (120, 37, 7, 9)):
+        problem = of_shape(
+            "bfloat16", sq, sk, 32, num_heads=6, window_left=left, window_right=right
+        )
+        feasible = tunables if sq > 1 else {}
+        check(built(problem, **feasible), problem, tensors(problem, "bshd", sq))
+
+
+@pytest.mark.parametrize("prepack", [True, False])
+def test_keys_far_outside_the_window_are_not_visited(prepack: bool) -> None:
+    problem = of_shape("float32", 200, 1000, 64, window_left=100, window_right=50)
+    kernel = built(problem, prepack=prepack, block_n=48, panels=1)
+    q, k, v, out = tensors(problem, "bshd", 15)
+    kernel(q, k, v, out, None, 0.1, problem=problem)
+    room = int(TEMPLATE.default_config(problem, CPU)["vectors"]) * 16 + 48  # a panel and a tile
+    rows = torch.arange(200)  # that see keys from row + 700 to row + 850
+    for poisoned, clean, spoilt in (
+        (slice(0, 750), rows + 700 - room >= 750, 0),
+        (slice(970, None), rows + 850 + room < 970, 199),
+    ):
+        bad_k, bad_v, again = k.clone(), v.clone(), torch.full_like(out, math.nan)
+        bad_k[:, poisoned] = bad_v[:, poisoned] = math.nan
+        kernel(q, bad_k, bad_v, again, None, 0.1, problem=problem)
+        assert again[:, spoilt].isnan().all(), "a row that sees poisoned keys"
+        assert clean.any()
+        assert torch.equal(again[:, clean], out[:, clean])
+
+
+CAPS = (1e-20, 0.5, 5.0, 50.0, 1e6)
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=["+".join(isa[-1:]) or "plain" for isa in ISAS])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softcaps(dtype: str, isa: tuple[str, ...]) -> None:
+    device = dataclasses.replace(CPU, isa=isa)
+    kernel = built(of_shape(dtype, 75, 140, 72, causal=True, softcap=1.0), device)
+    for seed, cap in enumerate(CAPS):
+        problem = of_shape(dtype, 75, 140, 72, causal=True, softcap=cap)
+        for scale in (None, -0.3, 0.0, 3.0):
+            check(kernel, problem, tensors(problem, "bshd", seed), scale=scale)
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=["+".join(isa[-1:]) or "plain" for isa in ISAS])
+def test_windows_with_a_softcap_on_instruction_sets(isa: tuple[str, ...]) -> None:
+    device = dataclasses.replace(CPU, isa=isa)
+    problem = of_shape("bfloat16", 140, 175, 40, window_left=30, window_right=11, softcap=9.0)
+    check(built(problem, device), problem, tensors(problem, "bshd", 16))
+
+
+def test_eight_bits_are_refused() -> None:
+    problem = of_shape("float8_e4m3fn", 64, 64, 64)
+    assert TEMPLATE.refusal(problem, CPU) == "op is fwd"
 
 
 def test_no_batch() -> None:
@@ -213,12 +305,13 @@ def test_hidden_keys_and_what_lies_behind_the_tensors_have_no_influence() -> Non
     check(built(problem), problem, [given[0], longer[0][:, :50], longer[1][:, :50], given[3]])
 
 
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_nan_stays_in_its_row(dtype: str) -> None:
-    problem = of_shape(dtype, 40, 50, 64)
+def test_a_nan_stays_in_its_row(dtype: str, softcap: float) -> None:
+    problem = of_shape(dtype, 40, 50, 64, softcap=softcap)
     q, k, v, out = tensors(problem, "bshd", 14)
     q[0, 7, 1, 5] = math.nan
-    built(problem)(q, k, v, out, None, 0.125)
+    built(problem)(q, k, v, out, None, 0.125, problem=problem)
     spoilt = out.isnan()
     assert spoilt[0, 7, 1].all()
     spoilt[0, 7, 1] = False
@@ -249,9 +342,13 @@ def test_the_default_is_always_feasible_and_the_space_modest(isa: tuple[str, ...
         assert 12 <= len(TEMPLATE.space(Problem.parse(text), device)) <= 200, text
 
 
-@pytest.mark.parametrize("seqlen_q", [100, 257])  # packed for each block, or in any order
-def test_every_value_of_every_tunable(seqlen_q: int) -> None:
-    problem = of_shape("bfloat16", seqlen_q, 300, 64, causal=True)
+@pytest.mark.parametrize(
+    ("seqlen_q", "mask"),
+    [(100, {}), (257, {}), (257, {"window_left": 77, "softcap": 7.0})],
+    ids=["packed for each block", "in any order", "window"],
+)
+def test_every_value_of_every_tunable(seqlen_q: int, mask: dict[str, Any]) -> None:
+    problem = of_shape("bfloat16", seqlen_q, 300, 64, causal=True, **mask)
     given = tensors(problem, "bshd", 11)
     space = TEMPLATE.space(problem, CPU).configs
     left = {(name, value) for name, choices in TEMPLATE.tunables.items() for value in choices}

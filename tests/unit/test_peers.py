@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -69,6 +70,53 @@ def test_what_runs_on_a_cpu_is_right(name: str, cpu: Device) -> None:
         assert verdict.ok, f"{peer}: {verdict.reason}"
 
 
+@pytest.mark.parametrize(
+    ("name", "able"),
+    [
+        ("b2s70h2d32cw20-float32", {"sdpa", "math", "naive"}),
+        ("b1s50x90h4/2d40fw7x3-bfloat16", {"sdpa", "math", "naive"}),
+        ("b1s90x50h2d24fwinfx4-float32", {"sdpa", "math", "naive"}),
+        ("b1s64h4/2d64ccap5-bfloat16", {"naive"}),
+        ("b1s50x90h4/2d40cw20cap50-float32", {"naive"}),
+        ("b1s64h4/2d64c-float8_e4m3fn", {"naive"}),
+        ("b2s50x70h2d64fw9x5cap20-float8_e4m3fn", {"naive"}),
+    ],
+)
+def test_windows_softcap_and_8_bits_on_a_cpu(name: str, able: set[str], cpu: Device) -> None:
+    problem = Problem.parse(name)
+    case = make_case(problem, cpu)
+    inputs = case.inputs
+    before = inputs.fingerprint()
+    calls, reasons = available(problem, cpu, inputs.q, inputs.k, inputs.v, descales=inputs.descales)
+    assert set(calls) == able
+    assert set(calls) | set(reasons) == set(PEERS)
+    for peer, call in calls.items():
+        out = call()
+        assert out.dtype == getattr(torch, problem.out_dtype)
+        verdict = case.compare(out, layout=PEERS[peer].layout)
+        assert verdict.ok, f"{peer}: {verdict.reason}"
+    assert inputs.fingerprint() == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["b1s64x90h4/2d32cw20", "b1s64h2d32fw9x5", "b1s40x64h2d32ccap5", "b1s64h2d32fw0xinfcap9"],
+)
+def test_flex_is_told_of_windows_and_softcap(
+    name: str, cpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Uncompiled it is the same formula: compiling takes a minute and a GPU (tests/gpu).
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    problem = Problem.parse(name, "float32")
+    case = make_case(problem, cpu)
+    inputs = case.inputs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of running uncompiled
+        out = PEERS["flex"].make(inputs.q, inputs.k, inputs.v, problem)()
+    verdict = case.compare(out, layout="bhsd")
+    assert verdict.ok, verdict.reason
+
+
 def test_a_peer_gets_contiguous_inputs_and_leaves_ours_alone(cpu: Device) -> None:
     problem = Problem.parse("b2s9h4/2d16f-float32-unaligned")
     inputs = make_inputs(problem, cpu)
@@ -94,6 +142,17 @@ def test_a_peer_gets_contiguous_inputs_and_leaves_ours_alone(cpu: Device) -> Non
         ("flash_attn3", "b1s8h1d64c", "sm90", "flash-attn-3 is not installed"),
         ("fa4", "b1s8h1d64c", "sm90", "flash-attn-4 is not installed"),
         ("sdpa", "b1s8x0h1d64c", "sm90", "without rows or keys"),
+        ("cudnn", "b1s64h1d64cw8", "sm90", "no sliding window"),
+        ("fa2", "b1s64h1d64fw8x8", "sm90", "no sliding window"),
+        ("efficient", "b1s80x64h1d64fwinfx8", "sm90", "rows see no key"),
+        ("efficient", "b1s131072h1d64cw8", "sm90", "mask of 48.0 GiB"),
+        ("sdpa", "b1s80x64h1d64cw8", "sm90", "rows see no key"),
+        ("sdpa", "b1s64h1d64ccap50", "sm90", "no softcap"),
+        ("cudnn", "b1s64h1d64ccap50", "sm90", "no softcap"),
+        ("flex", "b1s64h1d64c-float8_e4m3fn", "sm90", "takes no float8_e4m3fn"),
+        ("fa4", "b1s64h1d64c-float8_e4m3fn", "sm90", "takes no float8_e4m3fn"),
+        ("flash_attn3", "b1s64h1d64c-float32", "sm90", "no float32"),
+        ("naive", "fwd_other:b1s64h1d64c", "cpu", "op fwd_other is not compared"),
     ],
 )
 def test_a_peer_says_what_keeps_it_from_running(
@@ -110,6 +169,9 @@ def test_a_peer_that_can_run_says_nothing() -> None:
     problem = Problem.parse("b4s4096h32/8d128c")
     for name in ("sdpa", "cudnn", "fa2", "efficient", "flex"):
         assert PEERS[name].unavailable(problem, H100) is None
+    for name in ("sdpa", "efficient", "flex"):
+        assert PEERS[name].unavailable(Problem.parse("b4s4096h32d128cw128"), H100) is None
+    assert PEERS["flex"].unavailable(Problem.parse("b4s4096h32d128cw128cap50"), H100) is None
 
 
 def _module(monkeypatch: pytest.MonkeyPatch, name: str, function: object) -> None:
@@ -152,6 +214,70 @@ def test_packages_are_called_as_they_want_to_be(
     out = PEERS[peer].make(inputs.q, inputs.k, inputs.v, problem)()
     assert torch.equal(out, inputs.q + 1)
     assert asked == [(1 / math.sqrt(64), True)]
+
+
+@pytest.mark.parametrize(
+    ("peer", "module"),
+    [
+        ("flash_attn2", "flash_attn.flash_attn_interface"),
+        ("flash_attn3", "flash_attn_interface"),
+        ("fa4", "flash_attn.cute"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("mask", "window", "softcap"),
+    [
+        ("c", None, None),
+        ("cw5", (5, 0), None),
+        ("fw5x3", (5, 3), None),
+        ("fwinfx3", (None, 3), None),
+        ("fw0xinf", (0, None), None),
+        ("ccap50", None, 50.0),
+        ("cw5cap20", (5, 0), 20.0),
+    ],
+)
+def test_packages_are_told_of_windows_and_softcap_in_their_own_terms(
+    peer: str, module: str, mask: str, window: tuple[int | None, int | None] | None,
+    softcap: float | None, monkeypatch: pytest.MonkeyPatch, cpu: Device,
+) -> None:  # fmt: skip
+    problem = Problem.parse(f"b1s9x12h2d64{mask}-bfloat16")
+    asked: list[dict[str, object]] = []
+
+    def flash_attn_func(q: torch.Tensor, *_: torch.Tensor, **options: object) -> torch.Tensor:
+        asked.append(options)
+        return q
+
+    _module(monkeypatch, module, flash_attn_func)
+    assert PEERS[peer].unavailable(problem, H100) is None
+    inputs = make_inputs(problem, cpu)
+    PEERS[peer].make(inputs.q, inputs.k, inputs.v, problem)()
+    wanted: dict[str, object] = {"softmax_scale": 1 / math.sqrt(64), "causal": mask[0] == "c"}
+    if window is not None:  # no bound: None in FlashAttention 4, -1 before
+        ends = window if peer == "fa4" else tuple(-1 if end is None else end for end in window)
+        wanted["window_size"] = ends
+    if softcap is not None:
+        wanted["softcap"] = softcap
+    assert asked == [wanted]
+
+
+def test_flash_attention_3_gets_8_bits_and_their_descales(
+    monkeypatch: pytest.MonkeyPatch, cpu: Device
+) -> None:
+    problem = Problem.parse("b2s9h4/2d64c-float8_e4m3fn")
+    inputs = make_inputs(problem, cpu)
+    asked: list[dict[str, object]] = []
+
+    def flash_attn_func(q: torch.Tensor, *_: torch.Tensor, **options: object) -> torch.Tensor:
+        assert q.dtype == torch.float8_e4m3fn
+        asked.append(options)
+        return q.to(torch.bfloat16)
+
+    _module(monkeypatch, "flash_attn_interface", flash_attn_func)
+    assert PEERS["flash_attn3"].unavailable(problem, H100) is None
+    PEERS["flash_attn3"].make(inputs.q, inputs.k, inputs.v, problem, inputs.descales)()
+    [options] = asked
+    for name, descale in zip("qkv", inputs.descales, strict=True):
+        assert options[f"{name}_descale"] is descale
 
 
 def test_a_package_that_is_broken_says_how(

@@ -13,6 +13,7 @@ from autoflash.build.kernel import Resources
 from autoflash.config import Config, Value
 from autoflash.device import KNOWN_GPUS, Device
 from autoflash.problem import Problem
+from autoflash.tuning import predict as predict_module
 from autoflash.tuning.predict import occupancy, over_resources, predict, spills_heavily
 
 A100, H100, RTX = KNOWN_GPUS["sm80"], KNOWN_GPUS["sm90"], KNOWN_GPUS["sm89"]
@@ -79,6 +80,46 @@ def test_more_work_takes_longer() -> None:
     assert estimate() < estimate(full) < 2.5 * estimate()
     assert estimate() * 3 < estimate(longer)
     assert estimate() * 1.7 < estimate(wider)
+
+
+def test_a_window_costs_the_tiles_that_it_touches() -> None:
+    long = dataclasses.replace(PROBLEM, batch=1, seqlen_q=16384, seqlen_k=16384)
+    narrow, wide = (dataclasses.replace(long, window_left=left) for left in (512, 4096))
+    both = dataclasses.replace(long, causal=False, window_left=512, window_right=512)
+    full = dataclasses.replace(long, causal=False)
+    assert estimate(narrow) < estimate(wide) < estimate(long)
+    # Keys per row: 512 + 128 for the tile's own rows, against 8192.
+    assert 6 < estimate(long) / estimate(narrow) < 16
+    assert 1.2 < estimate(both) / estimate(narrow) < 2
+    assert estimate(full) > 8 * estimate(both)
+
+
+@pytest.mark.parametrize(
+    ("name", "tiles", "keys"),
+    [
+        ("b1s256h1d64f", 2, [256, 256]),
+        ("b1s256h1d64c", 2, [128, 256]),
+        ("b1s256h1d64cw63", 2, [128, 192]),
+        ("b1s256h1d64cw65", 2, [128, 256]),
+        ("b1s256h1d64fw0x64", 2, [192, 128]),
+        ("b1s256h1d64fw63xinf", 2, [256, 192]),
+        ("b1s256x64h1d64fw9x10", 2, [0, 64]),
+        ("b1s1x256h1d64cw64", 1, [128]),
+    ],
+)
+def test_tiles_of_keys_that_a_window_touches(name: str, tiles: int, keys: list[int]) -> None:
+    problem = Problem.parse(name)
+    config = Config.of("triton/fwd", {"block_m": 128, "block_n": 64, "num_warps": 4})
+    tile = predict_module._tile(problem, config, {}, None)
+    assert [predict_module._visible_keys(problem, tile, i) for i in range(tiles)] == keys
+
+
+def test_a_softcap_costs_something_and_8_bits_save_something() -> None:
+    capped = dataclasses.replace(PROBLEM, softcap=50.0)
+    assert estimate() < estimate(capped) < 3 * estimate()
+    eight = Problem.parse("b4s4096h16/16d128c-float8_e4m3fn")
+    assert 0.4 * estimate(gpu=H100) < estimate(eight, H100) < estimate(gpu=H100)
+    assert math.isinf(estimate(eight, A100))  # which multiplies no such numbers
 
 
 def test_what_slows_a_kernel_down_is_seen() -> None:

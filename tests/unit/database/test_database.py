@@ -89,7 +89,7 @@ def test_a_record_without_a_moment_gets_one_in_utc(database: Database, record: M
 
 def test_trials_are_found_by_every_kind_of_column(database: Database, record: Make) -> None:
     other = record(
-        "b1s100x200h4d64f-float16",
+        "b1s100x200h4d64fw7x9cap30-float16",
         outcome="timeout",
         device=KNOWN_GPUS["sm80"],
         policy="other",
@@ -113,6 +113,8 @@ def test_trials_are_found_by_every_kind_of_column(database: Database, record: Ma
         {"outcome": "timeout"},
         {"latency_us": None},
         {"config": 'cpp/fwd{"block_m":8}'},
+        {"window_left": 7, "window_right": 9},
+        {"softcap": 30.0},
     ):
         assert database.trials(**wanted) == [other], wanted
     assert database.trials(problem=other.problem, policy="none such") == []
@@ -267,18 +269,26 @@ def test_summary_counts_rows(database: Database, record: Make) -> None:
     database.set_best(record())
     found = database.summary()
     assert (found["trial"], found["best"], found["run"], found["pack"]) == (1, 1, 0, 0)
-    assert found["schema"] == 1
+    assert found["schema"] == 2
     assert found["writable"] is True
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "b2s3x5h8/2d64x32f-float16-unaligned",
+        "b2s300h8/2d64cw127cap30",
+        "b2s300h8d64fw1x2-float8_e4m3fn",
+    ],
+)
 def test_a_problem_is_stored_with_all_its_fields(
-    database: Database, url: str, record: Make
+    database: Database, url: str, record: Make, name: str
 ) -> None:
-    database.add(record("b2s3x5h8/2d64x32f-float16-unaligned"))
+    database.add(record(name))
     connection = raw(url)
     connection.row_factory = sqlite3.Row
     row = connection.execute("SELECT * FROM trial").fetchone()
     connection.close()
-    problem = Problem.parse("b2s3x5h8/2d64x32f-float16-unaligned")
+    problem = Problem.parse(name)
     assert {name: row[name] for name in problem.to_dict()} == problem.to_dict()
     assert row["problem"] == problem.name

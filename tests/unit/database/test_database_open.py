@@ -151,15 +151,115 @@ def test_the_migrations_make_sense_to_other_databases(dialect: str) -> None:
         step(Operations(context))
     made = {line.split()[2] for line in buffer.getvalue().splitlines() if "CREATE TABLE" in line}
     assert made == set(tables.metadata.tables)
+    assert "ADD COLUMN softcap" in buffer.getvalue()
 
 
-def m002(op: Operations) -> None:
+FORMER = Path(__file__).parents[2] / "data" / "database-1.sql"
+"""What autoflash 0.1.0 stored with version 1 of the schema, as SQL: a run, trials and winners."""
+
+
+@pytest.fixture
+def former(packs: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "former.db"
+    opened = sqlite3.connect(path)
+    opened.executescript(FORMER.read_text(encoding="utf-8"))
+    opened.close()
+    return path
+
+
+def former_records(record: Make) -> list[Record]:
+    """The trials of `former`, as this version means them."""
+    return [
+        record(),
+        record(outcome="crash", reason='größer als "erlaubt"'),
+        record("b1s1x777h8/2d96x64c-float32-unaligned", 12.5, outcome="predicted"),
+    ]
+
+
+def test_a_database_without_windows_keeps_all_it_holds(former: Path, record: Make) -> None:
+    wanted = former_records(record)
+    with Database.open(str(former)) as database:
+        assert database.summary()["schema"] == len(migrations.MIGRATIONS)
+        assert database.trials() == wanted
+        assert database.trials(window_left=None, window_right=None, softcap=0.0) == wanted
+        # The pack of then is not shipped any more, and its winner goes as packs do.
+        assert database.bests() == [record()]
+        [run] = database.runs()
+        assert (run["status"], run["command"]) == ("done", "autoflash tune --head-dim 128")
+        assert database.trials(run=run["id"]) == wanted[:2]
+        # What is stored is known under its digest, and new kinds of problems go beside it.
+        for each in wanted:
+            database.add(each)
+        assert len(database.trials()) == 3
+        local = record("b4s4096h32/8d128cw1023cap50")
+        database.add(local)
+        assert database.set_best(local)
+        assert not database.set_best(record(latency_us=90.0, outcome="predicted"))
+        assert database.trials(softcap=50.0, window_left=1023) == [local]
+    opened = sqlite3.connect(former)
+    stored = opened.execute("SELECT digest, record FROM trial ORDER BY id").fetchall()
+    opened.close()
+    texts = [rows.canonical(each.to_dict()) for each in (*wanted, local)]
+    assert stored == [(rows.digest(text), text) for text in texts]
+
+
+def test_a_pack_loaded_by_a_former_version_stays_loaded(
+    former: Path, packs: Path, record: Make
+) -> None:
+    shipped = record("b16s1024h32d64f-float16", 40.0).to_dict()
+    for name in ("window_left", "window_right", "softcap"):
+        del shipped["problem"][name]  # as that version wrote it
+    (packs / "nvidia-h200.jsonl").write_text(rows.canonical(shipped) + "\n")
+    before = loaded_at(former)
+    with Database.open(str(former)) as database:
+        wanted = record("b16s1024h32d64f-float16", 40.0)
+        assert database.bests(pack="nvidia-h200.jsonl") == [wanted]
+    assert loaded_at(former) == before
+
+
+def loaded_at(path: Path) -> list[tuple[str, ...]]:
+    opened = sqlite3.connect(path)
+    found = opened.execute("SELECT name, digest, loaded FROM pack").fetchall()
+    opened.close()
+    return found
+
+
+def test_a_former_database_that_is_only_read_or_merged_is_left_alone(
+    former: Path, record: Make
+) -> None:
+    before = former.read_bytes()
+    with Database.open("sqlite://") as target:
+        assert target.merge(str(former)) == 4  # three trials, and the winner tuned there
+        assert target.trials() == former_records(record)
+        assert target.merge(str(former)) == 0
+        target.add(record())
+        assert len(target.trials()) == 3
+    assert former.read_bytes() == before
+
+
+def test_rows_that_were_damaged_before_stay_as_they_are(former: Path, record: Make) -> None:
+    sql(
+        former,
+        "UPDATE trial SET record = '{\"problem\": 3}', digest = 'x' WHERE id = 2",
+        "UPDATE trial SET record = 'half a li' WHERE id = 3",
+    )
+    with Database.open(str(former)) as database:
+        with pytest.warns(RuntimeWarning, match="does not parse"):
+            assert database.trials() == [record()]
+        assert database.skipped == {"trial": 2}
+    opened = sqlite3.connect(former)
+    kept = opened.execute("SELECT record FROM trial ORDER BY id").fetchall()
+    opened.close()
+    assert [text for (text,) in kept[1:]] == ['{"problem": 3}', "half a li"]
+
+
+def next_version(op: Operations) -> None:
     op.add_column("trial", sa.Column("note", sa.Text))
     op.create_index("trial_note", "trial", ["note"])
 
 
-def m002_broken(op: Operations) -> None:
-    m002(op)
+def next_version_broken(op: Operations) -> None:
+    next_version(op)
     op.execute("UPDATE trial SET no_such_column = 1")
 
 
@@ -167,19 +267,20 @@ def test_a_next_version_keeps_all_rows(
     packs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Make
 ) -> None:
     path = tmp_path / "a.db"
+    known = migrations.MIGRATIONS
     with Database.open(str(path)) as database:
         database.add(record())
 
-    monkeypatch.setattr(migrations, "MIGRATIONS", [*migrations.MIGRATIONS, m002_broken])
+    monkeypatch.setattr(migrations, "MIGRATIONS", [*known, next_version_broken])
     with pytest.raises(DatabaseCorrupt, match="no_such_column"):
         Database.open(str(path))
-    monkeypatch.setattr(migrations, "MIGRATIONS", migrations.MIGRATIONS[:1])
+    monkeypatch.setattr(migrations, "MIGRATIONS", known)
     with Database.open(str(path)) as database:  # rolled back, index and column too
         assert database.trials() == [record()]
 
-    monkeypatch.setattr(migrations, "MIGRATIONS", [*migrations.MIGRATIONS, m002])
+    monkeypatch.setattr(migrations, "MIGRATIONS", [*known, next_version])
     with Database.open(str(path)) as database:
-        assert database.summary()["schema"] == 2
+        assert database.summary()["schema"] == len(known) + 1
         assert database.trials() == [record()]
     with Database.open("sqlite://") as target:  # a former schema is read, and not migrated, there
         monkeypatch.setattr(migrations, "MIGRATIONS", [*migrations.MIGRATIONS, lambda op: None])
@@ -403,11 +504,12 @@ def test_changed_packs_and_former_schemas_are_served_without_writing(
     path.chmod(0o444)
     open_place.chmod(0o555)
     before = path.read_bytes()
-    monkeypatch.setattr(migrations, "MIGRATIONS", [*migrations.MIGRATIONS, m002])
+    known = migrations.MIGRATIONS
+    monkeypatch.setattr(migrations, "MIGRATIONS", [*known, next_version])
     shipped = record("b1s1h1d64f")
     (packs / "one.jsonl").write_text(rows.canonical(shipped.to_dict()))
     with unprivileged(), Database.open(str(path)) as database:
-        assert database.summary()["schema"] == 2
+        assert database.summary()["schema"] == len(known) + 1
         assert {each.problem for each in database.bests()} == {shipped.problem, record().problem}
         refuses_to_write(database, record(latency_us=1.0))
     assert path.read_bytes() == before

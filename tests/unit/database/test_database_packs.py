@@ -182,6 +182,43 @@ def test_a_dump_does_not_depend_on_the_order_in_which_records_came(
     )
 
 
+def test_lines_of_before_there_were_windows_are_read(tmp_path: Path, record: Make) -> None:
+    wanted = [record("b1s64h8d64f"), record()]
+    lines = [each.to_dict() for each in wanted]
+    for line in lines:
+        for name in ("window_left", "window_right", "softcap"):
+            assert not line["problem"].pop(name)
+    path = tmp_path / "former.jsonl"
+    path.write_text("".join(rows.canonical(line) + "\n" for line in lines))
+    with Database.open("sqlite://") as database:
+        assert database.load(path, trials=True) == 2
+        assert database.trials() == wanted
+        database.add(wanted[0])
+        assert len(database.trials()) == 2  # it is the same
+        assert database.load(path) == 2
+        assert database.bests(softcap=0.0) == wanted
+        assert database.dump(tmp_path / "now.jsonl") == 2
+    assert '"window_left":null' in (tmp_path / "now.jsonl").read_text().splitlines()[0]
+
+
+def test_windows_and_caps_lie_together_in_a_dump(tmp_path: Path, record: Make) -> None:
+    names = ("b1s64h1d64f", "b1s4096h1d64f", "b1s64h1d64fw7x7", "b1s4096h1d64fw7x7",
+             "b1s64h1d64fw7x7cap5", "b1s64h1d64c", "b1s64h1d64ccap5", "b1s64h1d64cw9")  # fmt: skip
+    with Database.open("sqlite://") as database:
+        for name in sorted(names):
+            database.set_best(record(name))
+        database.dump(tmp_path / "all.jsonl")
+        again = tmp_path / "again.jsonl"
+        with Database.open("sqlite://") as other:
+            assert other.load(tmp_path / "all.jsonl") == len(names)
+            other.dump(again)
+    assert again.read_bytes() == (tmp_path / "all.jsonl").read_bytes()
+    found = [rows.parse(line).problem for line in again.read_text().splitlines()]
+    kinds = [(p.causal, p.local, p.softcap) for p in found]
+    assert kinds == sorted(kinds)
+    assert found[0].seqlen_q < found[1].seqlen_q
+
+
 def test_a_dump_is_read_back(database: Database, tmp_path: Path, record: Make) -> None:
     a100 = record(device=KNOWN_GPUS["sm80"])
     for each in (record(), a100, record("b1s1h1d64f", reason="größer")):

@@ -1,0 +1,151 @@
+"""Attention forward, bfloat16, head_dim 128/128, window, softcap."""
+
+import triton
+import triton.language as tl
+
+BLOCK_M = tl.constexpr(64)  # rows of a tile: query rows
+BLOCK_N = tl.constexpr(64)
+PACK = tl.constexpr(1)  # query heads in a tile
+SHARE = tl.constexpr(4)  # tiles of neighbouring heads that read the same keys
+PRECISION = tl.constexpr('ieee')
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+L2_KEYS = tl.constexpr(64000)  # rows of K and V in 5/8 of the L2 cache
+
+
+@triton.jit
+def tanh(x):
+    # x times a ratio of polynomials in x * x: within 5e-7, relatively, so that a large cap costs no
+    # accuracy. By exp2 and a division, tanh would be two of the operations of which a multiprocessor
+    # of sm90 does 16 a cycle and not 128: more time than these multiply-adds. 1 / below is a square,
+    # as a division would check for a range that it never leaves (6 instructions).
+    x = tl.clamp(x, -8.5, 8.5, propagate_nan=tl.PropagateNan.ALL)
+    y = x * x
+    above = (((1.4269149e-8 * y + 2.1250986e-5) * y + 3.5340234e-3) * y + 0.13413244) * y + 1.0
+    below = (((8.1450906e-7 * y + 3.348859e-4) * y + 0.026022738) * y + 0.46746567) * y + 1.0
+    root = tl.math.rsqrt(below)
+    return x * above * (root * root)
+
+
+@triton.jit
+def attend(tile, q, k, v, out, lse, batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, window_left, window_right, q_stride_batch, q_stride_seq, q_stride_head, k_stride_batch, k_stride_seq, k_stride_head, v_stride_batch, v_stride_seq, v_stride_head, out_stride_batch, out_stride_seq, out_stride_head, softcap, softmax_scale):
+    # Which rows, of which head ------------------------------------------------------------------
+    tiles_m = tl.cdiv(seqlen_q * PACK, BLOCK_M)
+    heads = num_heads // PACK
+    # The heads whose keys fit into L2 together take turns, their longest tiles first.
+    section = tl.minimum(tl.maximum(L2_KEYS // tl.maximum(seqlen_k, 1), 1) * SHARE, batch * heads)
+    first = tile // (section * tiles_m) * section
+    size = tl.minimum(section, batch * heads - first)
+    within = tile - first * tiles_m
+    m = within // size
+    head = first + within % size
+    m = tiles_m - 1 - m  # longest first, so that the last programs to end are short
+    batch_index = head // heads
+    head = head % heads
+    kv_head = head // SHARE
+    # 64 bits wherever a stride takes part.
+    batch_64 = batch_index.to(tl.int64)
+    kv_head_64 = kv_head.to(tl.int64)
+
+    row = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_rows = row < seqlen_q * PACK
+    q_row = row // PACK
+    q_head = head * PACK + row % PACK
+    q_row_64 = q_row.to(tl.int64)
+    q_head_64 = q_head.to(tl.int64)
+    q_at = q + batch_64 * q_stride_batch + (q_row_64 * q_stride_seq + q_head_64 * q_stride_head)[:, None]
+    q_dim0 = 0 + tl.arange(0, 128).to(tl.int64)
+    q0 = tl.load(q_at + q_dim0[None, :], mask=in_rows[:, None], other=0.0)
+
+    # Which keys: some rows see some from begin to end, all rows all from full_begin to full_end ------
+    lowest = m * BLOCK_M // PACK + seqlen_k - seqlen_q  # the key on the diagonal of the first row
+    highest = tl.minimum((m * BLOCK_M + BLOCK_M - 1) // PACK, seqlen_q - 1) + seqlen_k - seqlen_q
+    first_key = q_row + (seqlen_k - seqlen_q - window_left)
+    last_key = tl.minimum(q_row + (seqlen_k - seqlen_q) + window_right, seqlen_k - 1)
+    begin = tl.maximum(lowest - window_left, 0) // BLOCK_N * BLOCK_N
+    full_begin = tl.cdiv(tl.maximum(highest - window_left, 0), BLOCK_N) * BLOCK_N
+    full_end = tl.maximum(tl.minimum(lowest + window_right + 1, seqlen_k), 0) // BLOCK_N * BLOCK_N
+    end = tl.maximum(tl.minimum(highest + window_right + 1, seqlen_k), 0)
+    key = tl.arange(0, BLOCK_N)
+    v_dim0 = 0 + tl.arange(0, 128).to(tl.int64)
+    key_64 = key.to(tl.int64)
+    k_at = k + batch_64 * k_stride_batch + kv_head_64 * k_stride_head + key_64[:, None] * k_stride_seq
+    v_at = v + batch_64 * v_stride_batch + kv_head_64 * v_stride_head + key_64[:, None] * v_stride_seq
+    k_at0 = k_at + q_dim0[None, :]
+    v_at0 = v_at + v_dim0[None, :]
+
+    # Scores are kept as tanh, which `scale` brings to units of log 2. Caps beyond these two change
+    # nothing, but would overflow.
+    cap = tl.minimum(tl.maximum(softcap, 1e-15), 1e15)
+    into_cap = softmax_scale / cap
+    scale = cap * LOG2_E
+    hidden = -float("inf")
+    top_so_far = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc0 = tl.zeros([BLOCK_M, 128], tl.float32)
+    for start_n in tl.range(begin, tl.minimum(full_begin, end), BLOCK_N):
+        k0 = tl.load(k_at0 + start_n * k_stride_seq, mask=(start_n + key < seqlen_k)[:, None], other=0.0)
+        scores = tl.dot(q0, k0.T, input_precision=PRECISION)
+        scores = tanh(scores * into_cap)
+        visible = (start_n + key[None, :] >= first_key[:, None]) & (start_n + key[None, :] <= last_key[:, None])
+        scores = tl.where(visible, scores, hidden)
+        new_top = tl.maximum(top_so_far, tl.max(scores, 1) * scale)
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # no key seen so far: not inf - inf
+        weights = tl.math.exp2(scores * scale - shift[:, None])
+        shrink = tl.math.exp2(top_so_far - shift)
+        total = total * shrink + tl.sum(weights, 1)
+        top_so_far = new_top
+        weights = weights.to(v.dtype.element_ty)
+        v0 = tl.load(v_at0 + start_n * v_stride_seq, mask=(start_n + key < seqlen_k)[:, None], other=0.0)
+        acc0 = tl.dot(weights, v0, acc0 * shrink[:, None], input_precision=PRECISION)
+    for start_n in tl.range(full_begin, full_end, BLOCK_N):
+        k0 = tl.load(k_at0 + start_n * k_stride_seq)
+        scores = tl.dot(q0, k0.T, input_precision=PRECISION)
+        scores = tanh(scores * into_cap)
+        new_top = tl.maximum(top_so_far, tl.max(scores, 1) * scale)
+        shift = new_top
+        weights = tl.math.exp2(scores * scale - shift[:, None])
+        shrink = tl.math.exp2(top_so_far - shift)
+        total = total * shrink + tl.sum(weights, 1)
+        top_so_far = new_top
+        weights = weights.to(v.dtype.element_ty)
+        v0 = tl.load(v_at0 + start_n * v_stride_seq)
+        acc0 = tl.dot(weights, v0, acc0 * shrink[:, None], input_precision=PRECISION)
+    for start_n in tl.range(tl.maximum(full_begin, full_end), end, BLOCK_N):
+        k0 = tl.load(k_at0 + start_n * k_stride_seq, mask=(start_n + key < seqlen_k)[:, None], other=0.0)
+        scores = tl.dot(q0, k0.T, input_precision=PRECISION)
+        scores = tanh(scores * into_cap)
+        visible = (start_n + key[None, :] >= first_key[:, None]) & (start_n + key[None, :] <= last_key[:, None])
+        scores = tl.where(visible, scores, hidden)
+        new_top = tl.maximum(top_so_far, tl.max(scores, 1) * scale)
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # no key seen so far: not inf - inf
+        weights = tl.math.exp2(scores * scale - shift[:, None])
+        shrink = tl.math.exp2(top_so_far - shift)
+        total = total * shrink + tl.sum(weights, 1)
+        top_so_far = new_top
+        weights = weights.to(v.dtype.element_ty)
+        v0 = tl.load(v_at0 + start_n * v_stride_seq, mask=(start_n + key < seqlen_k)[:, None], other=0.0)
+        acc0 = tl.dot(weights, v0, acc0 * shrink[:, None], input_precision=PRECISION)
+
+    # Rows that saw no key have a total of 0: their output is 0, their lse -inf -----------------------
+    total = tl.where(total == 0.0, 1.0, total)
+    inverse = 1.0 / total
+    out_at = out + batch_64 * out_stride_batch + (q_row_64 * out_stride_seq + q_head_64 * out_stride_head)[:, None]
+    tl.store(
+        out_at + v_dim0[None, :],
+        (acc0 * inverse[:, None]).to(out.dtype.element_ty),
+        mask=in_rows[:, None],
+    )
+    if lse.to(tl.int64) != 0:
+        lse_at = lse + (batch_64 * num_heads + q_head_64) * seqlen_q + q_row
+        tl.store(lse_at, top_so_far * LN_2 + tl.log(total), mask=in_rows)
+
+
+@triton.jit
+def kernel(q, k, v, out, lse, batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, window_left, window_right, q_stride_batch, q_stride_seq, q_stride_head, k_stride_batch, k_stride_seq, k_stride_head, v_stride_batch, v_stride_seq, v_stride_head, out_stride_batch, out_stride_seq, out_stride_head, softcap, softmax_scale):
+    attend(tl.program_id(0), q, k, v, out, lse, batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, window_left, window_right, q_stride_batch, q_stride_seq, q_stride_head, k_stride_batch, k_stride_seq, k_stride_head, v_stride_batch, v_stride_seq, v_stride_head, out_stride_batch, out_stride_seq, out_stride_head, softcap, softmax_scale)
+
+
+def grid(batch, seqlen_q, seqlen_k, num_heads, num_kv_heads):
+    tiles = -(-seqlen_q * 1 // 64) * batch * (num_heads // 1)
+    return (tiles,)
