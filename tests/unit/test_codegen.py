@@ -232,7 +232,7 @@ def test_installed_templates_have_a_feasible_default_for_some_problem(template: 
     devices = [*KNOWN_GPUS.values(), device.for_arch("cpu")]
     served = 0
     for where in devices:
-        for dtype in ("float16", "bfloat16", "float32"):
+        for dtype in ("float16", "bfloat16", "float32", "float8_e4m3fn"):
             for head_dim in (64, 128, 256):
                 problem = Problem.parse(f"b2s512h8/2d{head_dim}c-{dtype}")
                 if template.refusal(problem, where) is None:
