@@ -37,6 +37,10 @@ CASES = {
         KNOWN_GPUS["sm90"],
         Problem.parse("b4s4096h16/4d128cw1023cap50-bfloat16"),
     ),
+    "sm90-d128f-float8": (
+        KNOWN_GPUS["sm90"],
+        Problem.parse("b4s4096h16d128f-float8_e4m3fn"),
+    ),
     "avx512-d64c-bfloat16": (AVX512, Problem.parse("b1s1024h8d64c-bfloat16")),
     "avx512-d128f-float32": (AVX512, Problem.parse("b1s1024h8d128f-float32")),
     "avx2-d80x48c-float16": (AVX2, Problem.parse("b1s1000h6/2d80x48c-float16")),
