@@ -30,5 +30,6 @@ def test_every_record_is_measured_current_and_feasible(path: Path) -> None:
         assert template.refusal(record.problem, record.device) is None, where
         assert template.broken(record.config, record.problem, record.device) is None, where
         assert record.default_us, where
-        assert record.torch_us, where
+        # PyTorch has no attention of 8 bits to compare with.
+        assert record.torch_us or record.problem.op == "fwd_fp8", where
         assert record.environment.get("torch"), where
