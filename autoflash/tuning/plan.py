@@ -22,7 +22,7 @@ from autoflash.tuning.timing import policy_for
 if TYPE_CHECKING:
     from autoflash.database import Database
 
-COMPILE_S = {"python": 0.9, "cpp": 3.0, "cuda": 40.0}
+COMPILE_S = {"python": 0.9, "cpp": 3.0, "cuda": 13.0}
 """Seconds of one compilation on one core, where no record tells."""
 _EVALUATE_S = 0.3
 _START_S = 6.0  # a worker that imports torch

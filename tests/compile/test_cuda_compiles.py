@@ -3,8 +3,8 @@
 One config per branch of its declaration: every choice of every tunable, and as many pairs of
 choices of the switches (tunables of at most three choices) as fit a limit, over problems that
 differ in all that a kernel is compiled for. Other archs get their default. `AUTOFLASH_JOBS`
-compilers run at once. A kernel takes 20 s of a core, and those of the sm80 template together took
-295 s: with two compilers on two idle cores a template takes 2 to 3 minutes, the whole file under 8.
+compilers run at once. A kernel takes 10 to 19 s of a core: with two compilers on two idle cores a
+template takes 2 to 3 minutes, the whole file under 8.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ pytestmark = [
 ]
 
 LIMIT = 12
-"""Most configs of one template on its home arch for the sake of pairs: 20 s of a core each."""
+"""Most configs of one template on its home arch for the sake of pairs: 10 to 19 s of a core each."""
 
 # What a kernel may be compiled for, each value of it once. The first is the most usual one.
 PROBLEMS = tuple(
