@@ -42,7 +42,7 @@ pytestmark = [
 ]
 
 LIMIT = 12
-"""Most configs of one template on its home arch for the sake of pairs: 10 to 19 s of a core each."""
+"""Most configs of one template on its home arch for the sake of pairs: some 15 s of a core each."""
 
 # What a kernel may be compiled for, each value of it once. The first is the most usual one.
 PROBLEMS = tuple(
