@@ -51,7 +51,7 @@ _LINK_FLAGS = (
 _OPTIONS = ("num_threads", "smem_bytes")
 
 COMPILE_TIMEOUT_S = 600.0
-"""Longest compilation. CuTe takes 20 to 60 s on an idle core."""
+"""Longest compilation. CuTe takes 10 to 19 s of an idle core."""
 
 MEMORY_BYTES = 3 << 30
 """What one compilation may take at its peak: cicc over a warp-specialised kernel of CuTe."""

@@ -21,12 +21,6 @@ from autoflash.errors import BuildError, CompileError, ToolchainMissing
 LIBRARY = "kernel.so"
 """The file of an artifact that is loaded."""
 
-_POINTERS = {
-    "input": "const void*",
-    "output": "void*",
-    "input_float32": "const float*",
-    "output_float32": "float*",
-}
 _SCALARS = {
     "int32": "(int32_t)scalars[{}]",
     "int64": "scalars[{}]",
@@ -47,7 +41,7 @@ def entry_text(op: ops.Op, last: str) -> str:
         op: whose arguments `launch` takes.
         last: declares the last of them, a key of _LAST_WORDS.
     """
-    pointers = "".join(f", {_POINTERS[arg.kind]} {arg.name}" for arg in op.pointers)
+    pointers = "".join(f", {ops.C_TYPES[arg.kind]} {arg.name}" for arg in op.pointers)
     passed = [arg.name for arg in op.pointers]
     passed += [_SCALARS[arg.kind].format(index) for index, arg in enumerate(op.scalars)]
     passed += ["softmax_scale", last.split()[-1]]

@@ -35,7 +35,7 @@ class Argument:
     kind: str
 
 
-_C_TYPES = {
+C_TYPES = {
     "input": "const void*",
     "output": "void*",
     "input_float32": "const float*",
@@ -45,6 +45,7 @@ _C_TYPES = {
     "float32": "float",
     "scale": "float",
 }
+"""Kind of an argument -> its type in C."""
 _TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
@@ -77,7 +78,7 @@ class Op:
 
     def c_parameters(self, last: str) -> str:
         """The parameter list of a C launcher; `last` declares its last word."""
-        listed = [f"{_C_TYPES[arg.kind]} {arg.name}" for arg in self.arguments]
+        listed = [f"{C_TYPES[arg.kind]} {arg.name}" for arg in self.arguments]
         return ", ".join([*listed, last])
 
     def triton_signature(self, dtype: str) -> dict[str, str]:

@@ -74,7 +74,7 @@ class _Default(NamedTuple):
 
     config: Config
     what: str
-    gives_way: str | None
+    gives_way: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,10 +185,10 @@ class Dispatcher:
             if found is None or self._lack(template, found.config, problem) is not None:
                 continue
             choice = Choice("default", template, found.config, None, found.what)
-            if found.gives_way is None:
-                yield choice
-            else:
+            if found.gives_way:
                 later.append(choice)
+            else:
+                yield choice
         yield from later
 
     def lacking(self, problem: Problem) -> dict[str, str]:
@@ -234,11 +234,13 @@ class Dispatcher:
             if template.refusal(problem, self.device) is not None:
                 return None
             gives_way = template.gives_way(problem, self.device)
+            after = f"; others go first: {gives_way}" if gives_way else ""
             config = template.default_config(problem, self.device)
             if template.broken(config, problem, self.device) is None:
-                return _Default(config, "the template's default", gives_way)
+                return _Default(config, f"the template's default{after}", bool(gives_way))
             seeds = template.seed_configs(problem, self.device)
-            return _Default(seeds[0], "the template's first seed", gives_way) if seeds else None
+            what = f"the template's first seed{after}"
+            return _Default(seeds[0], what, bool(gives_way)) if seeds else None
 
         return self._remembered(template, None, problem, ask)
 

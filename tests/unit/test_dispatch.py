@@ -265,6 +265,34 @@ def test_of_several_templates_the_most_specialised_default_serves(tmp_path: Path
     assert dispatcher.serve(ASKED).reason == "the template's default"
 
 
+def test_a_template_that_yields_serves_after_the_others_and_says_why(tmp_path: Path) -> None:
+    make_catalog(tmp_path, {"triton/fwd.py.jinja": 256, "gluon/fwd.py.jinja": 256})
+    path = tmp_path / "gluon/fwd.py.jinja"
+    yields = '[yields]\n"one row" = "problem.seqlen_q == 1"\n\n[tunables]'
+    path.write_text(path.read_text().replace("[tunables]", yields))
+    dispatcher = Dispatcher(HERE, [], Catalog.load(tmp_path), Builder())
+
+    def choices(seqlen_q: int) -> list[tuple[str, str]]:
+        problem = dataclasses.replace(ASKED, seqlen_q=seqlen_q)
+        return [(each.template.name, each.reason) for each in dispatcher.choices(problem)]
+
+    default = "the template's default"
+    assert choices(2) == [("gluon/fwd", default), ("triton/fwd", default)]
+    later = f"{default}; others go first: one row"
+    assert choices(1) == [("triton/fwd", default), ("gluon/fwd", later)]
+
+
+def test_shipped_hopper_kernels_leave_decoding_to_triton() -> None:
+    dispatcher = Dispatcher(HERE, [], installed(), Builder(), missing=lambda *_: None)
+
+    def first(name: str) -> str:
+        return next(dispatcher.choices(Problem.parse(name))).template.name
+
+    assert first("b1s4096h8d128c-bfloat16") == "cuda/fwd_sm90"
+    assert first("b8s1x4096h32/8d128c-bfloat16") == "triton/fwd"
+    assert first("b1s4096h8d128c-float8_e4m3fn") == "cuda/fwd_fp8_sm90"
+
+
 def test_what_no_template_accepts_is_left_to_pytorch_with_the_reason(catalog: Catalog) -> None:
     wide = Problem.parse("b1s1024h8d300c")
     served = Dispatcher(HERE, [], catalog, Builder()).serve(wide)
