@@ -36,7 +36,8 @@ class Measurement:
         p80_us: 80th percentile.
         count: calls timed.
         clock_mhz: median SM clock while timing, where it can be read.
-        power_w: median board power, likewise.
+        power_w: median board power, likewise; None where turns were too short to tell it apart
+            from that of other calls (autoflash.tuning.telemetry).
         temperature_c: likewise.
         throttled: whether the driver gave a reason for a reduced clock.
     """

@@ -33,6 +33,35 @@ GRIDS = {
         " b4s4096h32/8d128c b1s16384h32/8d128c",
         "bfloat16",
     ),
+    # The same lengths at head dims between: 96 (Phi-3 mini) and 192 (DeepSeek's queries).
+    "fwd-dims": _parse(
+        " ".join(
+            f"{size}h{1536 // head_dim}d{head_dim}{mask}"
+            for head_dim in (96, 192)
+            for mask in "cf"
+            for size in ("b16s1024", "b4s4096", "b1s16384")
+        ),
+        "bfloat16",
+    ),
+    # Shapes that nobody tunes, between and beyond those of other grids: what a bucket serves.
+    "fwd-heldout": _parse(
+        " ".join(
+            f"b3s{seqlen}h24/6d{head_dim}{mask}"
+            for head_dim in (64, 96, 128, 192)
+            for mask in "cf"
+            for seqlen in (1536, 3000, 5000, 12288)
+        ),
+        "bfloat16",
+    ),
+    # Few rows against many keys: prompts taken in chunks of 256 rows, single tokens, drafts of 2 to
+    # 16 tokens to verify.
+    "fwd-split": _parse(
+        "b1s256x131072h8/1d128c b2s256x65536h8/2d64c"
+        " b1s1x32768h32/8d128c b1s1x32768h32d128c b4s1x8192h32/8d64c b4s1x8192h16/2d256c"
+        " b1s2x8192h32/8d128c b8s2x32768h32/8d128c b8s4x8192h32/8d128c b1s8x32768h32/8d128c"
+        " b1s16x8192h32/8d128c b8s16x32768h32/8d128c",
+        "bfloat16",
+    ),
     # Sliding windows from 1/128 of the keys to a quarter; the last two as models have them: Mistral
     # 7B, and local blocks of an encoder.
     "fwd-window": _parse(

@@ -7,9 +7,11 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from autoflash.device import Device
+from autoflash.errors import InvalidInput
 from autoflash.problem import Problem
 
 SCHEMA_VERSION = 1
@@ -39,7 +41,7 @@ class Row:
         error_ratio: error in units of that of PyTorch in the same precision; 2 are allowed, or 3
             under a softcap.
         clock_mhz: median SM clock while timing, where it can be read.
-        power_w: median board power, likewise.
+        power_w: median board power, likewise; only where each turn took a fifth of a second.
         temperature_c: likewise.
         throttled: whether the driver gave a reason for a reduced clock.
         template: of the kernel that served, for autoflash.
@@ -113,6 +115,35 @@ class Report:
     def to_json(self) -> str:
         """The JSON document as text."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Inverse of `to_dict`."""
+        return cls(
+            device=Device.from_dict(data["device"]),
+            policy=data["policy"],
+            date=data["date"],
+            environment=data["environment"],
+            settings=data["settings"],
+            rows=tuple(Row(**row) for row in data["rows"]),
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Read a file that `autoflash bench --out` wrote.
+
+        Raises:
+            InvalidInput: it cannot be read, or is not such a report.
+        """
+        wanted = f"a report of `autoflash bench --out`, schema_version {SCHEMA_VERSION}"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["schema_version"] != SCHEMA_VERSION:
+                raise ValueError(f"its schema_version is {data['schema_version']}")
+            return cls.from_dict(data)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise InvalidInput(f"{path} is not {wanted} ({said}).") from None
 
     def latencies(self) -> dict[str, dict[str, float]]:
         """Problem -> provider -> microseconds, of what was timed."""

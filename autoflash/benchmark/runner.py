@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from autoflash.benchmark.ahead import build_ahead
 from autoflash.benchmark.report import OURS, Report, Row
 from autoflash.device import Device
 from autoflash.errors import InvalidInput, UnknownName
@@ -44,10 +45,11 @@ def run(
     rounds: int = ROUNDS,
     budget_ms: float = 300.0,
     seed: int = 0,
+    on_build: Callable[[int], None] | None = None,
     on_start: Callable[[Problem, int, int], None] | None = None,
     on_row: Callable[[Row], None] | None = None,
 ) -> Report:
-    """Time autoflash and its peers on each problem, side by side.
+    """Time autoflash and its peers on each problem, side by side, after building what that takes.
 
     Args:
         problems: what to compare on.
@@ -56,6 +58,7 @@ def run(
         rounds: in each, every provider has its turn, in shuffled order.
         budget_ms: about how long to time each provider on each problem.
         seed: of the inputs and the order.
+        on_build: called with the number of builds, before all problems.
         on_start: called with (problem, index, total) before each problem.
         on_row: called with each row.
 
@@ -71,6 +74,7 @@ def run(
     if not wanted or not chosen:
         raise InvalidInput("there is nothing to compare: no problem or no provider was given.")
     _require(device)
+    build_ahead(wanted, device, chosen, on_start=on_build)
     timer = Timer(device, seed=seed)
     rows: list[Row] = []
     for index, problem in enumerate(wanted):

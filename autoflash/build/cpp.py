@@ -55,7 +55,7 @@ def compile_source(source: Source, device: Device) -> Artifact:
         CacheError: the result cannot be stored.
     """
     flags = (*_BASE_FLAGS, *(_ISA_FLAGS[flag] for flag in device.isa if flag in _ISA_FLAGS))
-    entry = library.entry_text(ops.get(source.op), _LAST)
+    entry = library.entry_text(ops.get(source.op), _LAST, source.text)
     request = _digest(source.digest, entry, *flags)
     try:
         compiler, version = _compiler(settings.get().cxx)

@@ -1,8 +1,9 @@
 """How CUDA C++ becomes a kernel: nvcc through ninja, judged by ptxas, a library without PyTorch.
 
 A library holds machine code for one architecture and its own copy of the CUDA runtime. It exports
-`launch_bound` and `launch_error` alone, so that no two kernels meet in a symbol, and it runs where
-there is a driver: neither nvcc nor the headers need be there, nor the path where it was built.
+`launch_bound`, `launch_error` and, where it has a workspace, `workspace_bound` alone, so that no
+two kernels meet in a symbol, and it runs where there is a driver: neither nvcc nor the headers need
+be there, nor the path where it was built.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def _flags(device: Device) -> tuple[str, ...]:
 
 
 def _entry(source: Source) -> str:
-    return library.entry_text(ops.get(source.op), _LAST) + _ERROR_TEXT
+    return library.entry_text(ops.get(source.op), _LAST, source.text) + _ERROR_TEXT
 
 
 def _launch_options(source: Source) -> dict[str, int]:

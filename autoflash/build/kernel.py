@@ -7,6 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,21 @@ Launch = Callable[..., None]
 
 Called as launch(*pointers, softmax_scale, last): the addresses of the op's tensors in order (0
 for one that may be null, such as an `lse` that is not wanted), the scale, then the CUDA stream
-handle, or the number of threads on a CPU. It does not check anything.
+handle, or the number of threads on a CPU. It does not check anything. The stream must be torch's
+current one where the kernel has a workspace, which is allocated for each call.
 """
+
+
+def memory_for(num_bytes: int, *, on_cpu: bool = False) -> Callable[[], torch.Tensor]:
+    """What allocates a workspace on the current CUDA device, or in host memory.
+
+    From torch, whose allocator knows streams and CUDA graphs: dropped after a launch, the memory
+    goes to later work of the same stream.
+    """
+    import torch
+
+    device = "cpu" if on_cpu else torch.cuda.current_device()
+    return partial(torch.empty, num_bytes, dtype=torch.uint8, device=device)
 
 
 @dataclass(frozen=True, slots=True)

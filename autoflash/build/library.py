@@ -12,9 +12,9 @@ import subprocess
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from autoflash.build.kernel import Artifact, Kernel, Launch
+from autoflash.build.kernel import Artifact, Kernel, Launch, memory_for
 from autoflash.codegen import ops
 from autoflash.errors import BuildError, CompileError, ToolchainMissing
 
@@ -30,20 +30,30 @@ _LAST_WORDS: dict[str, Any] = {"int num_threads": ctypes.c_int, "void* stream": 
 """Declaration of a launcher's last argument -> its type for ctypes."""
 
 
-def entry_text(op: ops.Op, last: str) -> str:
+_WORKSPACE = re.compile(r'^extern "C" int64_t workspace_bytes\(', re.MULTILINE)
+"""How a source declares that it needs a workspace; its parameters are the op's scalars."""
+
+
+def entry_text(op: ops.Op, last: str, source: str) -> str:
     """C++ source of `launch_bound`, which takes what is bound of a call as one array.
 
     ctypes converts argument by argument: a call of the forward costs 8.4 us of Python with its
-    whole list and 1.0 us so (batch 0, one core of a Zen 4 at 3.6 GHz). It is the one symbol that
-    a library compiled with hidden visibility exports.
+    whole list and 1.0 us so (batch 0, one core of a Zen 4 at 3.6 GHz). A library compiled with
+    hidden visibility exports it alone, or with `workspace_bound`, which says how many bytes of
+    workspace a call takes, where the source defines `workspace_bytes`. Only then does
+    `launch_bound` take their address, after those of the tensors.
 
     Args:
         op: whose arguments `launch` takes.
         last: declares the last of them, a key of _LAST_WORDS.
+        source: defines `launch`.
     """
+    needs_workspace = _WORKSPACE.search(source) is not None
     pointers = "".join(f", {ops.C_TYPES[arg.kind]} {arg.name}" for arg in op.pointers)
+    pointers += ", void* workspace" if needs_workspace else ""
+    scalars = [_SCALARS[arg.kind].format(index) for index, arg in enumerate(op.scalars)]
     passed = [arg.name for arg in op.pointers]
-    passed += [_SCALARS[arg.kind].format(index) for index, arg in enumerate(op.scalars)]
+    passed += ["workspace" if needs_workspace else "nullptr", *scalars]
     passed += ["softmax_scale", last.split()[-1]]
     lines = ["", "// Sizes, strides and the cap as one array, for a cheaper call from Python."]
     if any(arg.kind == "float32" for arg in op.scalars):
@@ -55,13 +65,22 @@ def entry_text(op: ops.Op, last: str) -> str:
             "  return value;",
             "}",
         ]
+    exported = 'extern "C" __attribute__((visibility("default")))'
     lines += [
-        'extern "C" __attribute__((visibility("default")))',
+        exported,
         f"int launch_bound(const int64_t* scalars{pointers}, float softmax_scale, {last}) {{",
         f"  return launch({', '.join(passed)});",
         "}",
         "",
     ]
+    if needs_workspace:
+        lines += [
+            exported,
+            "int64_t workspace_bound(const int64_t* scalars) {",
+            f"  return workspace_bytes({', '.join(scalars)});",
+            "}",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -92,7 +111,7 @@ def open_library(directory: Path) -> ctypes.CDLL:
 
 
 class LibraryKernel(Kernel):
-    """A kernel in a shared library that exports `launch_bound`.
+    """A kernel in a shared library that exports `launch_bound`, and maybe `workspace_bound`.
 
     Args:
         artifact: where the library came from.
@@ -107,11 +126,18 @@ class LibraryKernel(Kernel):
         super().__init__(artifact)
         self._op = ops.get(artifact.source.op)
         self._meaning = meaning
+        self._on_cpu = last == "int num_threads"
         self._launch = library.launch_bound
         self._launch.restype = ctypes.c_int
+        pointers = len(self._op.pointers)
+        self._workspace_bytes = getattr(library, "workspace_bound", None)
+        if self._workspace_bytes is not None:
+            self._workspace_bytes.restype = ctypes.c_int64
+            self._workspace_bytes.argtypes = [ctypes.c_void_p]
+            pointers += 1
         self._launch.argtypes = [
             ctypes.c_void_p,
-            *(ctypes.c_void_p for _ in self._op.pointers),
+            *[ctypes.c_void_p] * pointers,
             ctypes.c_float,
             _LAST_WORDS[last],
         ]
@@ -127,8 +153,23 @@ class LibraryKernel(Kernel):
             if code:
                 failed(code)
 
-        call.scalars = array  # type: ignore[attr-defined]  # what `address` points to must live on
-        return call
+        bound: Any = call
+        if self._workspace_bytes is not None:
+            bound = self._with_workspace(call, self._workspace_bytes(address))
+        bound.scalars = array  # what `address` points to must live on
+        return cast("Launch", bound)
+
+    def _with_workspace(self, call: Launch, num_bytes: int) -> Launch:
+        """`call`, with the address of a workspace of its own behind those of the tensors."""
+        if not num_bytes:
+            return lambda *args: call(*args[:-2], 0, *args[-2:])
+        memory = memory_for(num_bytes, on_cpu=self._on_cpu)
+
+        def call_with_memory(*args: Any) -> None:
+            held = memory()
+            call(*args[:-2], held.data_ptr(), *args[-2:])
+
+        return call_with_memory
 
     def _failed(self, code: int) -> None:
         template = self.artifact.source.template

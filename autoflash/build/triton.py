@@ -17,11 +17,13 @@ import sys
 import tempfile
 import time
 import types
+from abc import abstractmethod
 from collections.abc import Callable
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from autoflash.build import cache as store
 from autoflash.build.kernel import (
@@ -29,6 +31,7 @@ from autoflash.build.kernel import (
     Kernel,
     Launch,
     Resources,
+    memory_for,
     read_resources,
     write_meta,
 )
@@ -39,12 +42,18 @@ from autoflash.errors import BuildError, CompileError, ToolchainMissing
 from autoflash.problem import ELEMENT_SIZES
 
 SOURCE, CUBIN, METADATA = "kernel.py", "kernel.cubin", "kernel.json"
-"""Files of an artifact: the rendered module, the binary, and what Triton knows of the binary."""
+"""Files of an artifact: the rendered module, the binary, and what Triton knows of the binary. Those
+of a second function of the module are called by its name: "combine.cubin", "combine.json"."""
+
+KERNEL, COMBINE = "kernel", "combine"
+"""Functions of a module: what computes, and what a module may have beside it to make one result of
+the parts that the first leaves in the workspace. Both take the op's arguments. The second has
+Triton's own options, and follows the first where the module's `workspace` asks for memory."""
 
 COMPILE_TIMEOUT_S = 300.0
 """Longest compilation; ptxas takes minutes over a kernel that spills thousands of registers."""
 
-_FORMAT = "1"
+_FORMAT = "2"
 """Part of every digest: raise it when the files of an artifact change."""
 
 _LOG_CHARACTERS = 100_000
@@ -131,7 +140,7 @@ def _compile(source: Source, device: Device, directory: Path) -> tuple[Resources
     job = {
         "capability": device.capability,
         "signature": ops.get(source.op).triton_signature(source.dtype),
-        "divisible": _divisible(source) if source.aligned else [],
+        "divisible": _divisible(source),
         "options": dict(source.options),
     }
     began = time.perf_counter()
@@ -162,11 +171,12 @@ def _compile(source: Source, device: Device, directory: Path) -> tuple[Resources
             child.stdout[-_LOG_CHARACTERS:],
         )
     metadata = json.loads((directory / METADATA).read_text(encoding="utf-8"))
+    said = child.stdout.split(_NEXT)[1]  # of `kernel`, which comes first
     resources = Resources(
         compile_s=round(time.perf_counter() - began, 3),
         binary_bytes=(directory / CUBIN).stat().st_size,
-        registers=_largest(r"Used (\d+) registers", child.stdout),
-        spill_bytes=_largest(r"(\d+) bytes spill stores", child.stdout),
+        registers=_largest(r"Used (\d+) registers", said),
+        spill_bytes=_largest(r"(\d+) bytes spill stores", said),
         smem_bytes=metadata["shared"],
         num_threads=metadata["num_warps"] * 32,
     )
@@ -183,14 +193,19 @@ def _child_environment(scratch: str) -> dict[str, str]:
     }
 
 
+_TENSORS = ("input", "output")
+_NEXT = "autoflash: the next function\n"
+"""What the child prints between two functions, so that what ptxas says of each is known."""
+
+
 def _divisible(source: Source) -> list[tuple[int, int]]:
     """(argument, divisor) of what is a multiple of 16 bytes: addresses, and strides in elements."""
     elements = 16 // ELEMENT_SIZES[source.dtype]
     found = []
     for index, argument in enumerate(ops.get(source.op).arguments):
-        if argument.kind in ("input", "output"):
+        if argument.kind == "workspace" or (source.aligned and argument.kind in _TENSORS):
             found.append((index, 16))
-        elif "_stride_" in argument.name:
+        elif source.aligned and "_stride_" in argument.name:
             found.append((index, elements))
     return found
 
@@ -198,21 +213,37 @@ def _divisible(source: Source) -> list[tuple[int, int]]:
 def _compile_here() -> None:
     """In the child: compile kernel.py of the working directory as the job on stdin says."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
     from triton.compiler import compile as triton_compile
 
     job = json.load(sys.stdin)
-    kernel = _import(Path(SOURCE).absolute(), "kernel").kernel
+    module = _import(Path(SOURCE).absolute(), "kernel")
     attributes = {(index,): [["tt.divisibility", by]] for index, by in job["divisible"]}
-    compiled = triton_compile(
-        ASTSource(kernel, job["signature"], attrs=attributes),
-        target=GPUTarget("cuda", job["capability"], 32),
-        options=job["options"],
-    )
-    metadata = dict(compiled.metadata._asdict())
-    metadata["target"] = vars(metadata["target"])
-    Path(METADATA).write_text(json.dumps(metadata, default=vars, sort_keys=True), encoding="utf-8")
-    Path(CUBIN).write_bytes(compiled.asm["cubin"])
+    for name, options in ((KERNEL, job["options"]), (COMBINE, {})):
+        if not hasattr(module, name):
+            continue
+        print(_NEXT, end="")
+        function = getattr(module, name)
+        compiled = triton_compile(
+            _source_class(function)(function, job["signature"], attrs=attributes),
+            target=GPUTarget("cuda", job["capability"], 32),
+            options=options,
+        )
+        metadata = dict(compiled.metadata._asdict())
+        metadata["target"] = vars(metadata["target"])
+        text = json.dumps(metadata, default=vars, sort_keys=True)
+        Path(f"{name}.json").write_text(text, encoding="utf-8")
+        Path(f"{name}.cubin").write_bytes(compiled.asm["cubin"])
+
+
+def _source_class(kernel: Any) -> Any:
+    """What hands a kernel to Triton's compiler: Gluon enters below the layouts, Triton above."""
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    from triton.compiler import ASTSource
+
+    return ASTSource
 
 
 def _import(path: Path, name: str) -> types.ModuleType:
@@ -257,32 +288,86 @@ def _nothing(*_: Any) -> None:
     """Launch of an empty grid."""
 
 
-class _Compiled(Kernel):
-    """A cubin on the device that was current when it was loaded."""
+class _TritonKernel(Kernel):
+    """The functions of a module, and what it says of the sizes that it is launched for.
+
+    `grid`, `workspace` and `combine_grid` take as many of the op's scalars as they name.
+    """
 
     def __init__(self, artifact: Artifact) -> None:
         super().__init__(artifact)
-        from triton.compiler import ASTSource
+        self._module = _import(artifact.directory / SOURCE, f"autoflash_{artifact.digest[:16]}")
+        names = (name for name in (KERNEL, COMBINE) if hasattr(self._module, name))
+        self._functions = {name: self._load(name) for name in names}
+
+    @abstractmethod
+    def _load(self, name: str) -> _Function:
+        """A function of the module, ready to be launched."""
+
+    def prepare(self, scalars: tuple[int | float, ...]) -> Launch:
+        """Bind sizes, strides and the cap; the stream given must be torch's current one."""
+
+        def asked(name: str) -> Any:
+            function = getattr(self._module, name)
+            return function(*scalars[: function.__code__.co_argcount])
+
+        grid = asked("grid")
+        if not all(grid):
+            return _nothing
+        num_bytes = asked("workspace") if hasattr(self._module, "workspace") else 0
+        if not num_bytes:
+            return self._functions[KERNEL].bind(grid, (0, *scalars))
+        memory = memory_for(num_bytes, on_cpu=_interpreting())
+        launches = [self._functions[KERNEL].bind(grid, scalars)]
+        if COMBINE in self._functions:
+            launches.append(self._functions[COMBINE].bind(asked("combine_grid"), scalars))
+
+        def launch(*args: Any) -> None:
+            held = memory()
+            args = (*args[:-2], held.data_ptr(), *args[-2:])
+            for each in launches:
+                each(*args)
+
+        return launch
+
+
+class _Compiled(_TritonKernel):
+    """Cubins on the device that was current when they were loaded."""
+
+    def _load(self, name: str) -> _CompiledFunction:
         from triton.compiler.compiler import CompiledKernel
 
-        module = _import(artifact.directory / SOURCE, f"autoflash_{artifact.digest[:16]}")
+        artifact, function = self.artifact, getattr(self._module, name)
         signature = ops.get(artifact.source.op).triton_signature(artifact.source.dtype)
-        files = {name: str(artifact.directory / name) for name in (CUBIN, METADATA)}
-        self._grid = module.grid
-        self._compiled = CompiledKernel(ASTSource(module.kernel, signature), files, artifact.digest)
+        files = {file: str(artifact.directory / file) for file in (f"{name}.cubin", f"{name}.json")}
+        source = _source_class(function)(function, signature)
+        compiled = CompiledKernel(source, files, f"{artifact.digest}-{name}")
         try:
-            self._launcher = self._compiled.run
+            return _CompiledFunction(self, compiled, compiled.run)
         except Exception as error:  # of the driver, the C compiler or the device, as they please
             raise BuildError(
                 f"{artifact.source.template} for {artifact.arch} cannot be loaded here: {error}"
             ) from error
 
-    def prepare(self, scalars: tuple[int | float, ...]) -> Launch:
-        """Bind sizes, strides and the cap; the stream given must be torch's current one."""
-        x, y, z = (*self._grid(*scalars[:5]), 1, 1)[:3]
-        if x * y * z == 0:
-            return _nothing
-        compiled, launcher = self._compiled, self._launcher
+
+class _Function(Protocol):
+    """What launches one function of a module."""
+
+    def bind(self, grid: tuple[int, ...], bound: tuple[int | float, ...]) -> Launch:
+        """Its launch over a grid, with what follows the pointers that are given with a call."""
+
+
+@dataclass(frozen=True, slots=True)
+class _CompiledFunction:
+    """A cubin with Triton's launcher for its signature; `owner` keeps both loaded."""
+
+    owner: Kernel
+    compiled: Any
+    launcher: Any
+
+    def bind(self, grid: tuple[int, ...], bound: tuple[int | float, ...]) -> Launch:
+        x, y, z = (*grid, 1, 1)[:3]
+        compiled, launcher = self.compiled, self.launcher
         function, packed = compiled.function, compiled.packed_metadata
         cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
         # Past the launcher's own Python: it hands `launch` the same things, checks hooks and
@@ -292,54 +377,63 @@ class _Compiled(Kernel):
         scratch: Callable[[], Any] | None = None
         if scratch_bytes:
             # Tensor memory descriptors live in global memory. From torch's allocator directly,
-            # so that triton.set_allocator stays the user's; freed to the same stream.
-            import torch
-
-            device = torch.cuda.current_device()
-            scratch = partial(torch.empty, scratch_bytes, dtype=torch.uint8, device=device)
+            # so that triton.set_allocator stays the user's.
+            scratch = memory_for(scratch_bytes)
         # `_alive`: newer Tritons unload the binary with the object that loaded it.
         if hasattr(launcher, "kernel_signature"):
             annotations, signature = launcher.arg_annotations, launcher.kernel_signature
 
-            def launch(*args: Any, _alive: Kernel = self) -> None:
+            def launch(*args: Any, _alive: Kernel = self.owner) -> None:
                 run(x, y, z, args[-1], function, cooperative, dependent, packed, None, None, None,
                     scratch() if scratch else None, None, annotations, signature,
-                    (*args[:-2], *scalars, args[-2]))  # fmt: skip
+                    (*args[:-2], *bound, args[-2]))  # fmt: skip
         else:
 
-            def launch(*args: Any, _alive: Kernel = self) -> None:
+            def launch(*args: Any, _alive: Kernel = self.owner) -> None:
                 run(x, y, z, args[-1], function, cooperative, dependent,
                     scratch() if scratch else None, None, packed, None, None, None,
-                    *args[:-2], *scalars, args[-2])  # fmt: skip
+                    *args[:-2], *bound, args[-2])  # fmt: skip
 
         return launch
 
 
-class _Interpreted(Kernel):
+class _Interpreted(_TritonKernel):
     """A module that Triton's interpreter runs in numpy, on addresses in host memory."""
 
-    def __init__(self, artifact: Artifact) -> None:
-        super().__init__(artifact)
+    def _load(self, name: str) -> _InterpretedFunction:
         _mend_interpreter()
-        module = _import(artifact.directory / SOURCE, f"autoflash_{artifact.digest[:16]}")
-        self._grid, self._kernel = module.grid, module.kernel
+        function = getattr(self._module, name)
+        if getattr(function, "is_gluon", bool)():
+            raise BuildError(
+                f"{self.artifact.source.template}: Triton's interpreter (TRITON_INTERPRET=1) does "
+                "not run kernels in Gluon. Use templates/triton there, or unset the variable."
+            )
+        return _InterpretedFunction(self.artifact.source, function)
 
-    def prepare(self, scalars: tuple[int | float, ...]) -> Launch:
-        """Bind sizes, strides and the cap."""
-        grid = self._grid(*scalars[:5])
-        kinds = [argument.kind for argument in ops.get(self.artifact.source.op).pointers]
+
+@dataclass(frozen=True, slots=True)
+class _InterpretedFunction:
+    source: Source
+    function: Any
+
+    def bind(self, grid: tuple[int, ...], bound: tuple[int | float, ...]) -> Launch:
+        import torch
+
+        types = ops.get(self.source.op).triton_signature(self.source.dtype).values()
+        element = getattr(torch, self.source.dtype)
 
         def launch(*args: Any) -> None:
-            import torch
+            passed = (*args[:-2], *bound, args[-2])
+            self.function[grid](
+                *(
+                    _Address(value, torch.float32 if kind == "*fp32" else element)
+                    if kind.startswith("*")
+                    else value
+                    for value, kind in zip(passed, types, strict=True)
+                )
+            )
 
-            element = getattr(torch, self.artifact.source.dtype)
-            pointers = [
-                _Address(address, torch.float32 if kind.endswith("_float32") else element)
-                for address, kind in zip(args, kinds, strict=False)
-            ]
-            self._kernel[grid](*pointers, *scalars, args[-2])
-
-        return launch if all(grid) else _nothing
+        return launch
 
 
 @cache

@@ -202,6 +202,7 @@ def bench(
         float, typer.Option("--budget-ms", metavar="MS", min=1, help="Time for each, about.")
     ] = 300.0,
     seed: SeedOption = 0,
+    jobs: JobsOption = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Write the JSON there as well.")
     ] = None,
@@ -213,7 +214,7 @@ def bench(
     from autoflash import device as devices
     from autoflash.tuning.timing import ROUNDS
 
-    use(database=database)
+    use(jobs=jobs, database=database)
     device = devices.for_arch(arch)
     report = benchmark.run(
         selection.problems(device),
@@ -222,6 +223,7 @@ def bench(
         rounds=rounds or ROUNDS,
         budget_ms=budget,
         seed=seed,
+        on_build=output.bench_builds,
         on_start=output.bench_started,
         on_row=output.bench_row,
     )

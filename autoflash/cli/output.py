@@ -144,6 +144,11 @@ def kib(count: int | None) -> str:
     return "" if count is None else f"{count / 1024:.0f} KiB"
 
 
+def bench_builds(count: int) -> None:
+    """What a comparison needs is being built."""
+    remark(f"building ahead: {count} {'kernel' if count == 1 else 'kernels'}")
+
+
 def bench_started(problem: Problem, index: int, total: int) -> None:
     """A comparison begins."""
     remark(f"[{index + 1}/{total}] {problem.name}")

@@ -1,9 +1,9 @@
 """The argument list of each op, once: C parameters, Triton signature and launch scalars agree.
 
-Every kernel of an op takes the same arguments in the same order, whatever its language: pointers,
-then sizes, strides (in elements) and the cap of scores, which are bound when a kernel is prepared
-for a shape, then `softmax_scale`, then one word that depends on where it runs (`stream` on a GPU,
-`num_threads` on a CPU).
+Every kernel of an op takes the same arguments in the same order, whatever its language: pointers
+to tensors, a pointer to its workspace, then sizes, strides (in elements) and the cap of scores,
+which are bound when a kernel is prepared for a shape, then `softmax_scale`, then one word that
+depends on where it runs (`stream` on a GPU, `num_threads` on a CPU).
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ class Argument:
     Attributes:
         name: as templates use it.
         kind: "input" (pointer to the problem's dtype), "output" (to its out_dtype),
-            "input_float32" or "output_float32" (pointers that may be null), "int32", "int64",
-            "float32", or "scale": a float32 that is given with every call.
+            "input_float32" or "output_float32" (pointers that may be null), "workspace" (to memory
+            that the builder allocates for each call, null where the kernel asks for none), "int32",
+            "int64", "float32", or "scale": a float32 that is given with every call.
     """
 
     name: str
@@ -40,6 +41,7 @@ C_TYPES = {
     "output": "void*",
     "input_float32": "const float*",
     "output_float32": "float*",
+    "workspace": "void*",
     "int32": "int32_t",
     "int64": "int64_t",
     "float32": "float",
@@ -63,7 +65,7 @@ class Op:
 
     @property
     def pointers(self) -> tuple[Argument, ...]:
-        """The tensor arguments; all of them come first."""
+        """The tensor arguments, which callers pass; all of them come first."""
         return tuple(arg for arg in self.arguments if arg.kind in _POINTERS)
 
     @property
@@ -81,6 +83,11 @@ class Op:
         listed = [f"{C_TYPES[arg.kind]} {arg.name}" for arg in self.arguments]
         return ", ".join([*listed, last])
 
+    @property
+    def c_scalars(self) -> str:
+        """The parameter list of a C function of what is bound: `workspace_bytes`."""
+        return ", ".join(f"{C_TYPES[arg.kind]} {arg.name}" for arg in self.scalars)
+
     def triton_signature(self, dtype: str) -> dict[str, str]:
         """Argument name to Triton type, for ahead-of-time compilation."""
         element = _TRITON_DTYPES[dtype]
@@ -89,6 +96,7 @@ class Op:
             "output": f"*{element}",
             "input_float32": "*fp32",
             "output_float32": "*fp32",
+            "workspace": "*fp32",
             "int32": "i32",
             "int64": "i64",
             "float32": "fp32",
@@ -110,6 +118,9 @@ def _strides(tensor: str) -> tuple[Argument, ...]:
 _LSE = Argument("lse", "output_float32")
 """(batch, num_heads, seqlen_q) contiguous, natural logarithm; null: not wanted."""
 
+_WORKSPACE = Argument("workspace", "workspace")
+"""Aligned to 16 bytes, its content undefined; how many bytes, a kernel says itself: see build/."""
+
 _TENSORS = (Argument("q", "input"), Argument("k", "input"), Argument("v", "input"),
             Argument("out", "output"), _LSE)  # fmt: skip
 _SCALARS = (
@@ -129,7 +140,7 @@ _SCALARS = (
     Argument("softcap", "float32"),
     Argument("softmax_scale", "scale"),
 )
-FWD = Op("fwd", (*_TENSORS, *_SCALARS))
+FWD = Op("fwd", (*_TENSORS, _WORKSPACE, *_SCALARS))
 FWD_FP8 = Op(
     "fwd_fp8",
     (
@@ -138,6 +149,7 @@ FWD_FP8 = Op(
         Argument("q_descale", "input_float32"),
         Argument("k_descale", "input_float32"),
         Argument("v_descale", "input_float32"),
+        _WORKSPACE,
         *_SCALARS,
     ),
 )

@@ -42,12 +42,15 @@ class Peer:
         layout: of what its calls return, "bshd" or "bhsd".
         is_fused: whether it is meant to run without storing the scores; one that is then far slower
             than the others has fallen back to something else, and its time says nothing about it.
+        builds_with_triton: whether its first call compiles kernels of PyTorch's own making for so
+            long that a comparison does it ahead.
     """
 
     name: str
     what: str
     layout: str
     is_fused: bool
+    builds_with_triton: bool
     _refusal: Refusal
     _make: Make
     _make_scaled: MakeScaled | None = None  # None: it takes no inputs of 8 bits
@@ -492,11 +495,12 @@ def _peer(
     make: Make,
     *tests: Refusal,
     is_fused: bool = True,
+    builds_with_triton: bool = False,
     make_scaled: MakeScaled | None = None,
 ) -> Peer:
     eight_bits = () if make_scaled else (_not_8_bits,)
     refusal = _refuse(_only_forward, _not_empty, *eight_bits, *tests)
-    return Peer(name, what, layout, is_fused, refusal, make, make_scaled)
+    return Peer(name, what, layout, is_fused, builds_with_triton, refusal, make, make_scaled)
 
 
 PEERS = {
@@ -514,7 +518,8 @@ PEERS = {
               _sdpa("EFFICIENT_ATTENTION"), _only_gpu, _no_softcap, _mask_fits, _no_empty_rows),
         _peer("math", "PyTorch's formula", "bhsd", _sdpa("MATH"), _no_softcap, _scores_fit,
               is_fused=False),
-        _peer("flex", "FlexAttention, max-autotune", "bhsd", _make_flex, _only_gpu),
+        _peer("flex", "FlexAttention, max-autotune", "bhsd", _make_flex, _only_gpu,
+              builds_with_triton=True),
         _peer("flash_attn2", "package flash-attn 2", "bshd",
               _flash_attn("flash_attn.flash_attn_interface"), _only_gpu, _only_half,
               _arch_from(80), _same_dims, _dim_up_to(256),

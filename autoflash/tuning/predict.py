@@ -12,7 +12,7 @@ from autoflash.config import Config
 from autoflash.device import Device
 from autoflash.problem import Problem
 
-MODEL = "model-1"
+MODEL = "model-2"
 """Names this model as records' policy: predictions of different models are never compared."""
 
 HEAVY_SPILL_BYTES = 512
@@ -103,13 +103,16 @@ def predict(
     One thread block works through the keys of one tile of `block_m` queries; its clocks are the
     largest of its demands (matrix units, exponentials, vector operations, shared memory, L2) plus
     what too few resident warps leave unhidden of the others. Blocks then fill the device in waves;
-    under a causal mask the last and longest decide when it ends.
+    under a causal mask the last and longest decide when it ends. Where keys are shared out, as many
+    blocks work on a tile as the device holds, and a second kernel adds what they found.
 
     Args:
         problem: what is asked.
-        config: its tunables block_m, block_n, num_warps and num_stages are read where it has them.
+        config: its tunables block_m, block_n, num_warps, num_stages, num_consumer_warpgroups,
+            ctas_per_sm, pack_gqa and num_splits are read where it has them.
         device: a GPU.
-        derived: the template's derived values; smem_bytes and block_d are read.
+        derived: the template's derived values; smem_bytes, block_d and, where they are no tunables,
+            block_m and num_threads are read.
         resources: what the compiler said; None before compilation, when registers are estimated.
 
     Returns:
@@ -123,20 +126,25 @@ def predict(
     )
     if not held.blocks or not device.tflops_peak(problem.dtype):
         return math.inf
-    tiles_m = math.ceil(problem.seqlen_q / tile.block_m)
-    tiles = tiles_m * problem.batch * problem.num_heads
+    tiles_m = math.ceil(problem.seqlen_q * tile.heads / tile.block_m)
+    tiles = tiles_m * problem.batch * (problem.num_heads // tile.heads)
     if not tiles:
         return _LAUNCH_US
+    keys = [_visible_keys(problem, tile, index) for index in range(tiles_m)]
+    parts = 1
+    if config.get("num_splits", 1) == 0:
+        parts = max(1, min(held.blocks * device.num_sms // tiles, max(keys) // tile.block_n))
+        keys = [math.ceil(each / parts / tile.block_n) * tile.block_n for each in keys]
+    programs = tiles * parts
     # Persistent kernels say how many of them there are per multiprocessor.
     resident = int(config.get("ctas_per_sm", 0)) or held.blocks
-    blocks = min(held.blocks, resident, math.ceil(tiles / device.num_sms))
-    keys = [_visible_keys(problem, tile, index) for index in range(tiles_m)]
+    blocks = min(held.blocks, resident, math.ceil(programs / device.num_sms))
     clocks_per_key = _clocks_per_key(problem, tile, device, blocks)
     start = 2 * _LOAD_LATENCY_CLOCKS + tile.block_m * tile.width / _L2_BYTES_PER_CLOCK
     mean = clocks_per_key * sum(keys) / tiles_m + start / blocks
     longest = clocks_per_key * max(keys) + start / blocks
     # A multiprocessor finishes one tile per `mean` clocks, `blocks` of them under way at once.
-    rounds = tiles / device.num_sms
+    rounds = programs / device.num_sms
     even = math.ceil(rounds) if max(keys) == min(keys) else rounds
     clocks = even * mean
     if max(keys) > min(keys):
@@ -144,32 +152,48 @@ def predict(
         clocks = max(clocks + 0.5 * longest, longest)
     compute_us = clocks / (device.clock_ghz * 1e3)
     memory_us = problem.bytes / (device.memory_gbps * 1e3)
-    return _LAUNCH_US + max(compute_us, memory_us)
+    return _LAUNCH_US + max(compute_us, memory_us) + _combine_us(problem, device, parts)
+
+
+def _combine_us(problem: Problem, device: Device, parts: int) -> float:
+    """What it costs to write float32 sums of so many parts, and to add them in a second kernel."""
+    if parts == 1:
+        return 0.0
+    rows = problem.batch * problem.seqlen_q * problem.num_heads
+    workspace = 4 * parts * rows * (problem.head_dim_v + 2)
+    return _LAUNCH_US + 2 * workspace / (device.memory_gbps * 1e3)
 
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """The figures of one thread block; `width` is bytes of one q, k or v row as computed."""
+    """The figures of one thread block; `width` is bytes of one q, k or v row as computed.
+
+    `warps` multiply; there are more threads than theirs where a warp only loads. Its rows are those
+    of `heads` query heads.
+    """
 
     block_m: int
     block_n: int
     num_stages: int
     num_threads: int
+    warps: int
     head_dims: int
     width: int
     smem_bytes: int
     registers: int
     spill_bytes: int
+    heads: int
 
 
 def _tile(
     problem: Problem, config: Config, derived: Mapping[str, Any], resources: Resources | None
 ) -> _Tile:
-    block_m = int(config.get("block_m", 128))
+    block_m = int(config.get("block_m", derived.get("block_m", 128)))
     block_n = int(config.get("block_n", 64))
     num_stages = int(config.get("num_stages", 2))
     threads = resources.num_threads if resources else None
-    num_threads = int(threads or 32 * int(config.get("num_warps", 4)))
+    num_threads = int(threads or derived.get("num_threads") or 32 * int(config.get("num_warps", 4)))
+    warps = 4 * int(config.get("num_consumer_warpgroups", 0)) or num_threads // 32
     # Matrix instructions take multiples of 16; templates that pad further say so as block_d.
     padded = int(derived.get("block_d", math.ceil(problem.head_dim / 16) * 16))
     padded_v = int(derived.get("block_d_v", math.ceil(problem.head_dim_v / 16) * 16))
@@ -187,8 +211,9 @@ def _tile(
         spill += math.ceil(max(live - 255, 0)) * 4
     return _Tile(
         block_m=block_m, block_n=block_n, num_stages=num_stages, num_threads=num_threads,
-        head_dims=padded + padded_v, width=width, smem_bytes=smem, registers=registers,
-        spill_bytes=spill,
+        warps=warps, head_dims=padded + padded_v, width=width, smem_bytes=smem,
+        registers=registers, spill_bytes=spill,
+        heads=problem.group_size if config.get("pack_gqa") else 1,
     )  # fmt: skip
 
 
@@ -198,17 +223,18 @@ def _visible_keys(problem: Problem, tile: _Tile, index: int) -> int:
     offset = problem.seqlen_k - problem.seqlen_q
     right = 0 if problem.causal else problem.window_right
     if right is not None:
-        last_row = min((index + 1) * tile.block_m, problem.seqlen_q) - 1
+        last_row = min(((index + 1) * tile.block_m - 1) // tile.heads, problem.seqlen_q - 1)
         end = min(end, max(0, last_row + 1 + offset + right))
     if problem.window_left is not None:
-        first = max(0, index * tile.block_m + offset - problem.window_left)
+        first_row = index * tile.block_m // tile.heads
+        first = max(0, first_row + offset - problem.window_left)
     blocks = math.ceil(end / tile.block_n) - min(first, end) // tile.block_n
     return blocks * tile.block_n
 
 
 def _clocks_per_key(problem: Problem, tile: _Tile, device: Device, blocks: int) -> float:
     """Clocks a multiprocessor needs for one key of one tile, with `blocks` of them under way."""
-    warps = tile.num_threads / 32
+    warps = tile.warps
     peak = device.tflops_peak(problem.dtype) * 1e3 / (device.num_sms * device.clock_ghz)
     matrix = 2 * tile.block_m * tile.head_dims / (peak * _matrix_share(tile, device))
     lanes = 64 if device.capability == 80 else 128
@@ -242,10 +268,9 @@ def _clocks_per_key(problem: Problem, tile: _Tile, device: Device, blocks: int) 
 
 def _matrix_share(tile: _Tile, device: Device) -> float:
     """The share of the matrix peak that a tile of this shape can use at all."""
-    warps = tile.num_threads / 32
-    rows_per_warp = tile.block_m / warps
+    rows_per_warp = tile.block_m / tile.warps
     # 16 rows are one matrix instruction; with fewer its rows are wasted or keys split over warps.
     share = _MATRIX_SHARE * min(1.0, rows_per_warp / 16)
-    if device.capability in (90, 100) and (warps < 4 or tile.block_m < 64):
+    if device.capability in (90, 100) and (tile.warps < 4 or tile.block_m < 64):
         share *= 0.6  # wgmma takes four warps and 64 rows; below that mma.sync serves
     return share

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -103,14 +104,24 @@ class Run:
         """What to try first: the defaults, the nearest winners, then the declared seeds.
 
         Winners come before the other seeds since their sources are mostly compiled already.
+        Templates take turns, so that a small budget is not spent on the first of them; one that
+        gives way to others comes after them.
         """
         defaults: list[Config] = []
-        declared: list[Config] = []
+        declared: dict[bool, list[list[Config]]] = {False: [], True: []}
         for template in templates:
-            for config in template.seed_configs(problem, self.device):
-                is_default = config == template.default_config(problem, self.device)
-                (defaults if is_default else declared).append(config)
-        return list(dict.fromkeys([*defaults, *self.nearest(problem), *declared]))
+            default = template.default_config(problem, self.device)
+            others = [c for c in template.seed_configs(problem, self.device) if c != default]
+            defaults.append(default)
+            declared[template.gives_way(problem, self.device) is not None].append(others)
+        turns = [
+            config
+            for gives_way in (False, True)
+            for turn in itertools.zip_longest(*declared[gives_way])
+            for config in turn
+            if config is not None
+        ]
+        return list(dict.fromkeys([*defaults, *self.nearest(problem), *turns]))
 
     def record(
         self,

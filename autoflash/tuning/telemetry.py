@@ -2,39 +2,87 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 # Bits of nvmlClocksEventReasons that mean "slower than it could be": power cap, hardware slowdown,
 # software and hardware thermal limits, power brake. Idle, application clocks and sync boost do not.
 THROTTLE_BITS = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
 
-_INTERVAL_S = 0.02  # a reading costs the host up to a millisecond, and power is a running average
+_INTERVAL_S = 0.02  # a reading costs the host up to a millisecond
+
+SETTLED_S = 0.005
+"""A clock read earlier in a call's turn may still be that of the call before it."""
+POWER_AFTER_S = 0.13
+"""Power read earlier in a turn is partly that of the call before it: what the board gives as power
+of the instant is renewed every 100 ms from the last 25 on an H100 (arXiv 2312.02741). The usual
+reading is a mean over a second, in which many other calls may have had their turns."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """The state of the board at one instant; None for what it does not report.
+
+    Attributes:
+        age_s: since the turn of the call that was at work began.
+        clock_mhz: of the SMs.
+        power_w: of the board.
+        temperature_c: of the GPU.
+        throttled: whether the driver gave a reason for a reduced clock.
+    """
+
+    age_s: float
+    clock_mhz: float | None
+    power_w: float | None
+    temperature_c: float | None
+    throttled: bool | None
+
+
 class Readings:
-    """What was read while one thing was timed; empty where nothing can be read."""
+    """What was read while one call was timed, over all its turns; empty where there is no NVML."""
 
-    clocks_mhz: list[float] = field(default_factory=list)
-    powers_w: list[float] = field(default_factory=list)
-    temperatures_c: list[float] = field(default_factory=list)
-    throttles: list[bool] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.taken: list[Reading] = []
+        self._began_s = -math.inf
+        self._last_s = -math.inf
+
+    def begin(self) -> None:
+        """A turn begins: what the device did until now was not this call."""
+        self._began_s = time.perf_counter()
+
+    def is_due(self) -> bool:
+        """Whether it is time for another; a turn that lasts long enough has a settled one."""
+        now = time.perf_counter()
+        early = self._last_s - self._began_s < SETTLED_S <= now - self._began_s
+        return early or now - self._last_s >= _INTERVAL_S
+
+    def age_s(self) -> float:
+        """How long the turn has lasted; a reading is taken now."""
+        self._last_s = time.perf_counter()
+        return self._last_s - self._began_s
 
     def summary(self) -> dict[str, Any]:
-        """The telemetry fields of a Measurement: medians, and whether it ever throttled."""
+        """The telemetry fields of a Measurement: medians, and whether it ever throttled.
 
-        def middle(values: list[float]) -> float | None:
-            return round(statistics.median(values), 1) if values else None
-
+        Power is None where no turn was long enough for it.
+        """
+        taken = [one for one in self.taken if one.age_s >= SETTLED_S] or self.taken
+        throttles = [one.throttled for one in taken if one.throttled is not None]
         return {
-            "clock_mhz": middle(self.clocks_mhz),
-            "power_w": middle(self.powers_w),
-            "temperature_c": middle(self.temperatures_c),
-            "throttled": any(self.throttles) if self.throttles else None,
+            "clock_mhz": _middle(one.clock_mhz for one in taken),
+            "power_w": _middle(one.power_w for one in taken if one.age_s >= POWER_AFTER_S),
+            "temperature_c": _middle(one.temperature_c for one in taken),
+            "throttled": any(throttles) if throttles else None,
         }
+
+
+def _middle(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(statistics.median(known), 1) if known else None
 
 
 class Telemetry:
@@ -48,7 +96,6 @@ class Telemetry:
         """
         self._nvml: Any = None
         self._handle: Any = None
-        self._last_read = 0.0
         if uuid is None:
             return
         try:
@@ -74,27 +121,37 @@ class Telemetry:
         return text.decode() if isinstance(text, bytes) else str(text)
 
     def read(self, into: Readings) -> None:
-        """Append one reading of each kind; a kind that the board does not report is left out."""
+        """Add a reading; to be called while the device is at work on what is being timed."""
         if not self.available:
             return
-        now = time.perf_counter()
-        if into.clocks_mhz and now - self._last_read < _INTERVAL_S:
-            return
-        self._last_read = now
         nvml, handle = self._nvml, self._handle
-        for values, ask in (
-            (into.clocks_mhz, lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
-            (into.powers_w, lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000),
-            (
-                into.temperatures_c,
-                lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-            ),
-            (into.throttles, lambda: bool(self._throttle_reasons() & THROTTLE_BITS)),
-        ):
-            try:
-                values.append(ask())
-            except nvml.NVMLError:
-                continue
+        throttled = self._ask(lambda: self._throttle_reasons() & THROTTLE_BITS)
+        into.taken.append(
+            Reading(
+                age_s=into.age_s(),
+                clock_mhz=self._ask(
+                    lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
+                ),
+                power_w=self._ask(self._power_w),
+                temperature_c=self._ask(
+                    lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
+                ),
+                throttled=None if throttled is None else bool(throttled),
+            )
+        )
+
+    def _ask(self, question: Callable[[], float]) -> float | None:
+        try:
+            return question()
+        except self._nvml.NVMLError:  # not reported by this board or driver
+            return None
+
+    def _power_w(self) -> float:
+        nvml = self._nvml
+        (found,) = nvml.nvmlDeviceGetFieldValues(self._handle, [nvml.NVML_FI_DEV_POWER_INSTANT])
+        if found.nvmlReturn:
+            raise nvml.NVMLError(found.nvmlReturn)
+        return float(found.value.uiVal) / 1000
 
     def _throttle_reasons(self) -> int:
         nvml = self._nvml  # "throttle" was renamed "event" in the course of driver 535

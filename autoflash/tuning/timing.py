@@ -357,6 +357,7 @@ class _GpuClock:
         self, call: Call, budget_ms: float, least: int, most: int, readings: Readings
     ) -> list[float]:
         samples: list[float] = []
+        readings.begin()
         queue, padding, count = min(2, least), 4, least
         while len(samples) < count:
             queue = min(queue, count - len(samples))
@@ -396,7 +397,11 @@ class _GpuClock:
             host_us = (time.perf_counter() - began) * 1e6
             # Not yet at the last call when all were launched: none waited for the host.
             ahead = not bool(starts[-1].query())
-            self._telemetry.read(readings)  # while the device works
+            if self._telemetry.available and readings.is_due():
+                # Well into the queue, and before its end: while the device is at these calls.
+                while not starts[3 * count // 4].query():
+                    time.sleep(2e-4)
+                self._telemetry.read(readings)
             self._torch.cuda.synchronize()
         times = [s.elapsed_time(e) * 1000 for s, e in zip(starts, ends, strict=True)]
         return times, host_us, ahead

@@ -58,6 +58,24 @@ DEFAULTS = [
     ("sm90", "b1s4096h16d128cw1023-bfloat16-unaligned"),
     ("sm100", "b1s4096h16d128ccap50"),
     ("sm120", "b1s4096h16d128fw512x128cap30"),
+    # Few tiles, whose keys are shared out.
+    ("sm80", "b1s8x8192h32/8d128c"),
+    ("sm80", "b1s9x8192h8/2d64c-float32"),
+    ("sm86", "b1s256x8192h8/1d128f"),
+    ("sm90", "b1s8x8192h32/8d128c"),
+    ("sm90", "b1s1x8192h8d128f-float16"),
+    ("sm90", "b4s1x8192h32/8d64c"),
+    ("sm90", "b1s2x8192h32/8d128cw1023cap50"),
+    ("sm90", "b1s2x8192h32/8d128cw1023"),
+    ("sm90", "b1s2x8192h32/8d96c"),
+    ("sm90", "b4s1x8192h16/2d256c"),
+    ("sm90", "b1s8x8192h32/8d256cw1023cap50"),
+    ("sm90", "b1s256x8192h8/1d128c"),
+    ("sm90", "b2s256x8192h8/2d64fcap50"),
+    ("sm90", "b1s256x8192h8/1d256c"),
+    ("sm90", "b1s1x8192h8d96f-bfloat16-unaligned"),
+    ("sm100", "b1s8x8192h32/8d128c"),
+    ("sm120", "b1s256x8192h8/1d64fw512x128"),
 ]
 
 
@@ -98,6 +116,8 @@ def test_ptxas_overlaps_the_matrix_products_of_the_default(head_dim, mask):
         ("sm80", "b1s4096h16/4d128cw1023cap50"),
         ("sm90", "b1s4096h16/4d128cw1023cap50"),
         ("sm90", "b1s4096h16d64fw512x128"),
+        ("sm90", "b1s1x8192h32/8d128c"),
+        ("sm90", "b1s8x8192h32/8d64c"),
     ],
 )
 def test_what_the_model_admits_compiles_and_fits(arch, name):
@@ -116,7 +136,7 @@ def test_every_head_dim_has_a_feasible_default(arch, dtype):
     template, device = installed().get("triton/fwd"), KNOWN_GPUS[arch]
     for head_dim in range(16, 257, 8):
         for head_dim_v in {head_dim, 64, 256}:
-            for seqlen_q, group in ((1, 1), (1, 8), (4096, 1)):
+            for seqlen_q, group in ((1, 1), (1, 8), (8, 8), (4096, 1)):
                 for aligned in (True, False):
                     problem = Problem(
                         dtype=dtype, batch=1, seqlen_q=seqlen_q, seqlen_k=4096, num_heads=8,
@@ -134,8 +154,12 @@ def test_every_head_dim_has_a_feasible_default(arch, dtype):
         ("sm90", "b4s4096h32d64f"),
         ("sm90", "b4s4096h16d128cw1023cap50"),
         ("sm80", "b4s4096h16d128c"),
+        ("sm90", "b1s256x131072h8/1d128c"),
+        ("sm90", "b1s1x32768h32/8d128c"),
+        ("sm90", "b4s1x8192h16/2d256c"),
+        ("sm80", "b1s1x32768h32/8d128c"),
     ],
 )
 def test_the_space_can_be_swept(arch, name):
     space = installed().get("triton/fwd").space(Problem.parse(name), KNOWN_GPUS[arch])
-    assert 30 <= len(space) <= 300
+    assert 20 <= len(space) <= 300

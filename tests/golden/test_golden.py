@@ -37,6 +37,10 @@ CASES = {
         KNOWN_GPUS["sm90"],
         Problem.parse("b4s4096h16/4d128cw1023cap50-bfloat16"),
     ),
+    "sm90-d128c-few-rows": (
+        KNOWN_GPUS["sm90"],
+        Problem.parse("b1s4x8192h32/8d128c-bfloat16"),
+    ),
     "sm90-d128f-float8": (
         KNOWN_GPUS["sm90"],
         Problem.parse("b4s4096h16d128f-float8_e4m3fn"),

@@ -76,6 +76,11 @@ SPACE = [
     "b1s300x333h2d80c",
 ]  # fmt: skip
 SPACE_SAMPLE = 3
+PARTS = [
+    "b1s100x5000h4/2d128c", "b1s300x4096h8/1d64f-float16", "b2s70x9001h2d256c", "b1s257x3000h2d96f",
+    "b1s200x4000h2d128cw700", "b1s150x2500h2d64fw300x40cap20", "b1s65x1025h1d40x80c-float16",
+    "b1s500x1500h2d192x128c", "b1s3000x1100h1d128c",
+]  # fmt: skip
 
 
 def default(template: str, problem: Problem) -> Config:
@@ -97,6 +102,15 @@ def sampled(template: str, problem: Problem) -> list[Config]:
     ]
 
 
+def in_parts(template: str, problem: Problem) -> Config:
+    """The default, but with the keys shared out among blocks."""
+    usual = default(template, problem)
+    if "split_kv" not in usual:
+        pytest.skip(f"{template} does not split keys")
+    split = {"split_kv": True, "schedule": "tiles", "head_order": "rows"}
+    return Config.of(template, {**usual, **split})
+
+
 def kernel_of(template: str, problem: Problem, config: Config) -> build.Kernel:
     here = device.native()
     return build.build(installed().get(template).render(config, problem, here), here)
@@ -114,6 +128,8 @@ def _compiled(request):
         try:
             if item.originalname == "test_the_space":
                 wanted += [(template, problem, config) for config in sampled(template, problem)]
+            elif item.originalname == "test_keys_in_parts":
+                wanted.append((template, problem, in_parts(template, problem)))
             else:
                 wanted.append((template, problem, default(template, problem)))
         except pytest.skip.Exception:
@@ -162,6 +178,15 @@ def test_the_space(template, name):
         kernel = kernel_of(template, problem, config)
         verdict = reference.check(kernel, problem, device.native(), seed=len(name))
         assert verdict.ok, f"{config}: {verdict.reason}"
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_keys_in_parts(template, name):
+    problem = Problem.parse(name)
+    kernel = kernel_of(template, problem, in_parts(template, problem))
+    verdict = reference.check(kernel, problem, device.native(), seed=len(name))
+    assert verdict.ok, verdict.reason
 
 
 @pytest.mark.parametrize(("batch", "seqlen_q", "seqlen_k"), [(0, 300, 300), (2, 0, 5), (2, 5, 0)])

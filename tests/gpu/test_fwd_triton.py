@@ -194,6 +194,7 @@ def test_every_way_through_a_window(mask, loads, split_loop):
     problem = Problem.parse(f"b2s700x800h4/2d64{mask}")
     tile = {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2}
     check(problem, default(problem, **tile, loads=loads, split_loop=split_loop, head_order="rows"))
+    tile["num_splits"] = 1
     if "c" in mask[:1]:
         check(problem, default(problem, **tile, loads=loads, split_loop=split_loop,
                                head_order="l2"))  # fmt: skip
@@ -266,6 +267,143 @@ def test_the_space(name):
         check(problem, config)
 
 
+SPLITS = [
+    # Decoding: heads alone and packed, lengths that fill no key tile, parts that are empty.
+    "b1s1x8192h32/8d128f",
+    "b1s1x8192h32/8d128c",
+    "b3s1x777h16/2d64c",
+    "b2s1x5000h8d128f-float16",
+    "b1s1x20000h8/1d256c",
+    "b1s1x70000h4/1d128f",
+    "b2s1x3001h8/2d96c",
+    "b2s1x3001h8/2d40x24c-float16",
+    "b2s1x3001h8/2d128c-bfloat16-unaligned",
+    "b2s1x3001h8/2d64c-float32",
+    # Verifying drafts: up to 128 rows that share keys.
+    "b1s2x8192h32/8d128c",
+    "b2s4x3333h32/8d128c",
+    "b1s7x3333h6/2d64c-float16",
+    "b1s8x8192h32/8d128c",
+    "b1s16x8192h32/4d128c",
+    "b1s16x4001h8d256f",
+    "b1s9x3001h8/2d64c-float32",
+    # Prompts in chunks.
+    "b1s256x9000h8/1d128c",
+    "b1s300x9001h4/2d64f",
+    "b1s300x9001h4/2d192x128c",
+    "b1s256x5000h8/1d256c-float16",
+    "b1s200x3000h2d64c-float32",
+    "b1s200x3000h2d80c-bfloat16-unaligned",
+    # Masks: rows that see nothing, windows too narrow for parts, causal squares.
+    "b1s1024h2d128c",
+    "b1s700x600h2d64c",
+    "b1s1x9000h8/2d128cw1023",
+    "b1s1x9000h8/2d128cw30",
+    "b1s5x9000h8/2d128cw3000cap20",
+    "b1s300x5000h4/2d64fw900x100",
+    "b1s300x5000h4/2d64cw2000cap15-float16",
+    "b1s600x520h2d64fw400x30-float32",
+    "b1s300x5000h4/2d128ccap30",
+]
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_keys_in_parts(name):
+    problem = Problem.parse(name)
+    config = default(problem)
+    assert config["num_splits"] == 0
+    check(problem, config)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.2, 5.0])
+def test_scales_with_keys_in_parts(scale):
+    problem = Problem.parse("b1s9x3333h8/2d64c")
+    check(problem, default(problem), scale=scale)
+
+
+@pytest.mark.parametrize(("layout", "wider"), [("bhsd", 0), ("bshd", 8)])
+def test_strides_with_keys_in_parts(layout, wider):
+    problem = Problem.parse("b2s9x3333h8/2d64c")
+    check(problem, default(problem), layout=layout, wider=wider)
+    check(problem, default(problem), layout=layout, wider=wider, lse=False)
+
+
+def split_kernel(name: str):
+    problem, here = Problem.parse(name), device.native()
+    template = installed().get("triton/fwd")
+    return build.build(template.render(default(problem), problem, here), here)
+
+
+def test_the_sizes_of_a_call_decide_into_how_many_parts():
+    kernel = split_kernel("b1s1x8192h8/2d128c")
+    for batch, keys in ((1, 8192), (1, 65536), (200, 600), (1, 3), (2, 0)):
+        check_sizes(kernel, Problem.parse(f"b{batch}s1x{keys}h8/2d128c"))
+
+
+def check_sizes(kernel, problem: Problem) -> None:
+    """`kernel` against the formula, though it was rendered for other sizes."""
+    import torch
+
+    torch.manual_seed(0)
+    q = torch.randn(problem.batch, problem.seqlen_q, problem.num_heads, 128, device="cuda")
+    k, v = torch.randn(2, problem.batch, problem.seqlen_k, problem.num_kv_heads, 128, device="cuda")
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    out = torch.full_like(q, math.nan)
+    lse = torch.full((problem.batch, problem.num_heads, problem.seqlen_q), math.nan, device="cuda")
+    kernel(q, k, v, out, lse, 0.1, problem=problem)
+    exact, exact_lse = formula(q, k, v, 0.1, problem, torch.float64)
+    torch.testing.assert_close(out.transpose(1, 2).double(), exact, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["b1s1x30000h32/8d128c", "b2s8x9000h32/8d128c", "b1s256x20000h8/1d128c"]
+)
+def test_parts_give_the_same_bits_every_time(name):
+    import torch
+
+    problem, kernel = Problem.parse(name), split_kernel(name)
+    q = torch.randn(problem.batch, problem.seqlen_q, problem.num_heads, 128, device="cuda")
+    k, v = torch.randn(2, problem.batch, problem.seqlen_k, problem.num_kv_heads, 128, device="cuda")
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    outs, lses = [], []
+    for _ in range(20):
+        # What lay in the memory that the workspace takes must not matter.
+        del_me = torch.full((1 << 22,), math.nan, device="cuda")
+        del del_me
+        out = torch.full_like(q, math.nan)
+        lse = torch.full(
+            (problem.batch, problem.num_heads, problem.seqlen_q), math.nan, device="cuda"
+        )
+        kernel(q, k, v, out, lse, 0.1, problem=problem)
+        outs.append(out)
+        lses.append(lse)
+    assert not outs[0].isnan().any()
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    assert all(torch.equal(lse, lses[0]) for lse in lses)
+
+
+def test_parts_on_two_streams_do_not_meet():
+    import torch
+
+    kernel = split_kernel("b1s1x8192h8/2d128c")
+    q = torch.randn(2, 1, 1, 8, 128, device="cuda").bfloat16()
+    k, v = torch.randn(2, 2, 1, 8192, 2, 128, device="cuda").bfloat16()
+    wanted = [torch.empty_like(q[0]) for _ in range(2)]
+    for i in range(2):
+        kernel(q[i], k[i], v[i], wanted[i], None, 0.1)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    outs = torch.full((2, 50, 1, 1, 8, 128), math.nan, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    for n in range(50):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                kernel(q[i], k[i], v[i], outs[i, n], None, 0.1)
+    torch.cuda.synchronize()
+    for i in range(2):
+        assert all(torch.equal(outs[i, n], wanted[i]) for n in range(50))
+
+
 def test_tensors_beyond_two_to_the_31_elements():
     import torch
 
@@ -288,19 +426,25 @@ def test_tensors_beyond_two_to_the_31_elements():
     assert torch.equal(lse, near_lse)
 
 
-def test_it_runs_in_a_cuda_graph():
+@pytest.mark.parametrize("name", ["b2s300h4d128c", "b2s3x5000h4d128c"])
+def test_it_runs_in_a_cuda_graph(name):
     import torch
 
-    problem = Problem.parse("b2s300h4d128c")
+    problem = Problem.parse(name)
     template, here = installed().get("triton/fwd"), device.native()
     kernel = build.build(template.render(default(problem), problem, here), here)
-    q, k, v = (torch.randn(2, 300, 4, 128, device="cuda").bfloat16() for _ in range(3))
-    out, wanted = torch.empty_like(q), torch.empty_like(q)
+    q = torch.randn(2, problem.seqlen_q, 4, 128, device="cuda").bfloat16()
+    k, v = torch.randn(2, 2, problem.seqlen_k, 4, 128, device="cuda").bfloat16()
+    out, again, wanted = (torch.empty_like(q) for _ in range(3))
     kernel(q, k, v, wanted, None, 0.1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kernel(q, k, v, out, None, 0.1)
-    out.fill_(math.nan)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(out, wanted)
+        kernel(q, k, v, again, None, 0.1)
+    for _ in range(3):
+        out.fill_(math.nan)
+        again.fill_(math.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, wanted)
+        assert torch.equal(again, wanted)

@@ -50,6 +50,17 @@ def test_the_forward_grid_is_the_published_one() -> None:
     assert {problem.batch * problem.seqlen_q for problem in problems} == {16384}
 
 
+def test_held_out_shapes_are_in_no_other_grid() -> None:
+    held_out = GRIDS["fwd-heldout"]
+    cells = {(p.head_dim, p.causal, p.seqlen_q) for p in held_out}
+    assert len(cells) == len(held_out) == 32
+    assert {(p.batch, p.num_heads, p.num_kv_heads, p.dtype) for p in held_out} == {
+        (3, 24, 6, "bfloat16")
+    }
+    others = {p for name, found in GRIDS.items() if name != "fwd-heldout" for p in found}
+    assert not others & set(held_out)
+
+
 def test_the_cpu_grid_has_both_dtypes_and_both_masks() -> None:
     cells = {(p.seqlen_q, p.head_dim, p.causal, p.dtype) for p in GRIDS["cpu"]}
     assert cells == {
@@ -59,6 +70,15 @@ def test_the_cpu_grid_has_both_dtypes_and_both_masks() -> None:
         for dtype in ("float32", "bfloat16")
     }
     assert {(p.batch, p.num_heads, p.num_kv_heads) for p in GRIDS["cpu"]} == {(1, 8, 8)}
+
+
+def test_the_split_grid_has_fewer_tiles_than_a_device_holds():
+    split = GRIDS["fwd-split"]
+    assert [p.seqlen_q for p in split] == [256] * 2 + [1] * 4 + [2, 2, 4, 8, 16, 16]
+    for problem in split:
+        rows = problem.seqlen_q * problem.group_size
+        assert -(-rows // 64) * problem.batch * problem.num_kv_heads <= 128
+        assert problem.seqlen_k >= 8192
 
 
 def test_the_grids_of_windows_softcap_and_8_bits() -> None:

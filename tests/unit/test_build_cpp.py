@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -67,11 +68,34 @@ def test_arguments_arrive() -> None:
     body = " ".join(f"lse[{i}] = float({name});" for i, name in enumerate(names))
     body += " lse[20] = softmax_scale; lse[21] = float(num_threads); lse[22] = q == 0; return 0;"
     kernel = build.build(source(body), CPU)
-    import ctypes
-
     seen = (ctypes.c_float * 23)()
     kernel.prepare(SCALARS)(0, 0, 0, 0, ctypes.addressof(seen), 0.25, 7)
     assert list(seen) == [*SCALARS, 0.25, 7, 1]
+
+
+WORKSPACE = """
+extern "C" int64_t workspace_bytes({scalars}) {{ return 4 * (num_heads - 1); }}
+"""
+
+
+def test_a_workspace_is_allocated_where_a_source_asks_for_it() -> None:
+    types = {"int32": "int32_t", "int64": "int64_t", "float32": "float"}
+    scalars = ", ".join(f"{types[arg.kind]} {arg.name}" for arg in ops.FWD.scalars)
+    body = (
+        "*lse = workspace ? 1 : 0; if (workspace) ((float*)workspace)[num_heads - 2] = 1; return 0;"
+    )
+    text = source(body).text + WORKSPACE.format(scalars=scalars)
+    seen = ctypes.c_float(-1)
+
+    def ran(source: Source, num_heads: int) -> float:
+        launch = build.build(source, CPU).prepare((*SCALARS[:3], num_heads, *SCALARS[4:]))
+        launch(0, 0, 0, 0, ctypes.addressof(seen), 0.25, 7)
+        return seen.value
+
+    asks = dataclasses.replace(source(), text=text)
+    assert ran(asks, 1000) == 1
+    assert ran(asks, 1) == 0
+    assert ran(source(body), 1000) == 0
 
 
 def test_large_strides_arrive_whole() -> None:

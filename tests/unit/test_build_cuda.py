@@ -486,6 +486,21 @@ def test_a_library_needs_no_cuda_runtime_and_shows_two_names() -> None:
 
 
 @needs_nvcc
+def test_how_much_workspace_a_source_asks_for_can_be_asked_without_a_gpu() -> None:
+    scalars = ", ".join(f"{ops.C_TYPES[arg.kind]} {arg.name}" for arg in ops.FWD.scalars)
+    asks = source(
+        f'extern "C" int64_t workspace_bytes({scalars}) {{\n'
+        "  return (int64_t)seqlen_q * (int64_t)softcap * out_stride_head;\n}"
+    )
+    opened = library.open_library(cuda.compile_source(asks, SM90).directory)
+    opened.workspace_bound.restype = ctypes.c_int64
+    bound = library.bound_array(ops.FWD, (1, 1 << 30, *[3] * 16, 1 << 10, 4.0))
+    assert opened.workspace_bound(bound) == 1 << 42
+    plain = library.open_library(cuda.compile_source(source(), SM90).directory)
+    assert not hasattr(plain, "workspace_bound")
+
+
+@needs_nvcc
 def test_a_second_build_compiles_nothing(
     cache_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,6 +152,64 @@ def test_without_triton_the_error_says_how_to_get_it(monkeypatch):
         builder.compile_source(rendered(), SM80)
 
 
+GLUON = """from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def kernel({parameters}):
+    rows = gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
+    gl.store(lse + rows, rows * softmax_scale, mask=rows < seqlen_q)
+
+
+def grid(batch):
+    return (batch,)
+"""
+INTERPRETED = """
+import pickle, sys
+from autoflash.build import triton as builder
+from autoflash.device import KNOWN_GPUS
+from autoflash.errors import BuildError
+try:
+    builder.load(builder.compile_source(pickle.load(sys.stdin.buffer), KNOWN_GPUS["sm80"]))
+except BuildError as error:
+    print(error)
+"""
+
+
+def gluon_source() -> Source:
+    text = GLUON.format(parameters=ops.FWD.python_parameters)
+    return replace(rendered(), template="test/gluon", text=text, options={"num_warps": 4})
+
+
+def test_a_gluon_module_compiles_by_its_own_way_in(cache_dir):
+    artifact = builder.compile_source(gluon_source(), SM80)
+    assert artifact.resources.num_threads == 128
+    metadata = json.loads((artifact.directory / "kernel.json").read_text())
+    assert metadata["name"] == "kernel"
+
+
+def test_what_gluon_rejects_is_a_compile_error(cache_dir):
+    broken = gluon_source().text.replace("[4], [0]", "[2], [0]")  # 2 warps, where there are 4
+    with pytest.raises(CompileError, match="test/gluon: triton rejected it for sm80") as caught:
+        builder.compile_source(replace(gluon_source(), text=broken), SM80)
+    assert "warps" in caught.value.log
+
+
+def test_the_interpreter_says_that_it_runs_no_gluon(cache_dir):
+    child = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        input=pickle.dumps(gluon_source()),
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        check=True,
+    )
+    said = child.stdout.decode()
+    assert said.startswith("test/gluon: ")
+    assert "TRITON_INTERPRET=1" in said
+    assert "templates/triton" in said
+
+
 def test_version_is_that_of_the_package():
     import triton
 
@@ -176,12 +237,14 @@ def test_scalars_reach_a_kernel_as_what_they_are(cache_dir):
     assert builder.compile_source(source_of(body), SM80).resources.binary_bytes > 0
 
 
-def compiled_with(launcher: SimpleNamespace, grid: tuple[int, ...]) -> builder._Compiled:
+def compiled_with(
+    launcher: SimpleNamespace, grid: tuple[int, ...], **more: object
+) -> builder._Compiled:
     """A loaded kernel without a device: what `prepare` reads is set by hand."""
     kernel = builder._Compiled.__new__(builder._Compiled)
-    kernel._grid = lambda *sizes: grid
-    kernel._compiled = SimpleNamespace(function=11, packed_metadata=(8, 1, 1024))
-    kernel._launcher = launcher
+    kernel._module = SimpleNamespace(grid=lambda: grid, **more)
+    binary = SimpleNamespace(function=11, packed_metadata=(8, 1, 1024))
+    kernel._functions = {"kernel": builder._CompiledFunction(kernel, binary, launcher)}
     return kernel
 
 
@@ -205,7 +268,7 @@ def test_launch_hands_triton_3_6_its_flat_argument_list():
     launch = compiled_with(launcher_with(calls), (6,)).prepare(SCALARS)
     launch(*POINTERS, 0.5, 77)
     head = (6, 1, 1, 77, 11, False, False, None, None, (8, 1, 1024), None, None, None)
-    assert calls == [(*head, *POINTERS, *SCALARS, 0.5)]
+    assert calls == [(*head, *POINTERS, 0, *SCALARS, 0.5)]
 
 
 def test_launch_hands_later_tritons_a_signature_and_a_tuple():
@@ -213,7 +276,7 @@ def test_launch_hands_later_tritons_a_signature_and_a_tuple():
     launcher = launcher_with(calls, arg_annotations=["a"], kernel_signature=b"s")
     compiled_with(launcher, (6, 2)).prepare(SCALARS)(*POINTERS, 0.5, 77)
     head = (6, 2, 1, 77, 11, False, False, (8, 1, 1024), None, None, None, None, None, ["a"], b"s")
-    assert calls == [(*head, (*POINTERS, *SCALARS, 0.5))]
+    assert calls == [(*head, (*POINTERS, 0, *SCALARS, 0.5))]
 
 
 def test_descriptors_get_memory_from_torch(monkeypatch):
@@ -234,6 +297,72 @@ def test_descriptors_get_memory_from_torch(monkeypatch):
     launch(*POINTERS, 0.5, 77)
     assert asked == [(6 * 256, torch.uint8, 3)] * 2
     assert calls[0][7] == "memory"
+
+
+def test_grids_see_the_scalars_that_they_name():
+    def grid(batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, window_left):
+        return (batch, seqlen_k, window_left)
+
+    calls: list[tuple] = []
+    kernel = compiled_with(launcher_with(calls), ())
+    kernel._module.grid = grid
+    kernel.prepare(SCALARS)(*POINTERS, 0.5, 77)
+    assert calls[0][:3] == (100, 102, 105)
+
+
+def test_a_workspace_is_allocated_for_every_call_and_given_to_both_functions(monkeypatch):
+    import torch
+
+    held: list[torch.Tensor] = []
+
+    def empty(size, *, dtype, device):
+        assert (dtype, device) == (torch.uint8, 3)
+        held.append(torch.zeros(size, dtype=dtype))
+        return held[-1]
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch, "empty", empty)
+    calls: list[tuple] = []
+    kernel = compiled_with(
+        launcher_with(calls),
+        (6, 4),
+        workspace=lambda batch, seqlen_q: 10 * (seqlen_q - batch),
+        combine_grid=lambda batch: (batch,),
+    )
+    second = SimpleNamespace(function=22, packed_metadata=(4, 1, 0))
+    combine = builder._CompiledFunction(kernel, second, launcher_with(calls))
+    kernel._functions["combine"] = combine
+    launch = kernel.prepare(SCALARS)
+    assert held == []
+    launch(*POINTERS, 0.5, 77)
+    launch(*POINTERS, 0.5, 77)
+    assert [tensor.numel() for tensor in held] == [10, 10]
+    grids, functions, addresses = zip(*((c[:3], c[4], c[18]) for c in calls), strict=True)
+    assert grids == ((6, 4, 1), (100, 1, 1)) * 2
+    assert functions == (11, 22) * 2
+    first, last = (tensor.data_ptr() for tensor in held)
+    assert addresses == (first, first, last, last)
+
+    calls.clear()
+    kernel.prepare((7, 7, *SCALARS[2:]))(*POINTERS, 0.5, 77)  # no memory: nothing to combine
+    assert [(c[:3], c[4], c[18]) for c in calls] == [((6, 4, 1), 11, 0)]
+
+
+def test_a_second_function_is_compiled_too_and_the_first_is_what_is_reported():
+    plain = builder.compile_source(source_of("    tl.store(lse, softcap)"), SM80)
+    more = source_of("    tl.store(lse, softcap)").text
+    more += "\n\n@triton.jit\ndef combine(" + ops.FWD.python_parameters + "):\n"
+    more += "    at = tl.arange(0, 1024)\n    tl.store(workspace + at, tl.sqrt(softcap + at))\n"
+    source = replace(source_of(""), text=more)
+    artifact = builder.compile_source(source, SM80)
+    assert {path.name for path in artifact.directory.iterdir()} >= {
+        *(f"{name}.{end}" for name in ("kernel", "combine") for end in ("cubin", "json")),
+    }
+    found = artifact.resources
+    assert found.registers == plain.resources.registers
+    assert found.num_threads == source.options["num_warps"] * 32
+    described = json.loads((artifact.directory / "combine.json").read_text())
+    assert (described["name"], described["num_warps"]) == ("combine", 4)
 
 
 def test_an_empty_grid_launches_nothing():

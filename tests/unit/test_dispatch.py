@@ -293,6 +293,23 @@ def test_shipped_hopper_kernels_leave_decoding_to_triton() -> None:
     assert first("b1s4096h8d128c-float8_e4m3fn") == "cuda/fwd_fp8_sm90"
 
 
+def test_without_nvcc_gluon_serves_hopper_before_the_portable_kernel() -> None:
+    def missing(language: str, *_: Any) -> str | None:
+        return "no nvcc" if language == "cuda" else None
+
+    dispatcher = Dispatcher(HERE, [], installed(), Builder(), missing=missing)
+
+    def order(name: str) -> list[str]:
+        return [choice.template.name for choice in dispatcher.choices(Problem.parse(name))]
+
+    assert order("b1s4096h8d128c-bfloat16") == ["gluon/fwd_sm90", "triton/fwd"]
+    assert order("b1s4096h8d128c-bfloat16-unaligned") == ["triton/fwd"]
+    assert order("b8s1x4096h32/8d128c-bfloat16") == ["triton/fwd", "gluon/fwd_sm90"]
+    # 32 tiles of 128 rows for 132 multiprocessors, and enough keys to share out, or too few.
+    assert order("b1s1024h4d128c-bfloat16") == ["triton/fwd", "gluon/fwd_sm90"]
+    assert order("b1s1024x1023h4d128c-bfloat16") == ["gluon/fwd_sm90", "triton/fwd"]
+
+
 def test_what_no_template_accepts_is_left_to_pytorch_with_the_reason(catalog: Catalog) -> None:
     wide = Problem.parse("b1s1024h8d300c")
     served = Dispatcher(HERE, [], catalog, Builder()).serve(wide)

@@ -128,6 +128,60 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
         "b1s70h2d64fw30x20cap15-float32",
         {"precision": "tf32x3", "block_n": 32},
     ),
+    "parts": ("b1s70x600h2d64f-float32", {"num_splits": 0}),
+    "parts, branch": ("b1s70x600h2d64f-float16", {"num_splits": 0, "split_loop": False}),
+    "parts, causal": ("b2s70x600h2d64c-float32", {"num_splits": 0}),
+    "parts, causal, branch": ("b1s70x600h2d64c-float16", {"num_splits": 0, "split_loop": False}),
+    "parts, causal, some of them empty": ("b1s520h1d32c-float32", {"num_splits": 0}),
+    "parts, fewer keys: rows that see nothing": ("b1s600x512h1d32c-float32", {"num_splits": 0}),
+    "parts, three of them": ("b1s70x600h2d64c-float16", {"num_splits": 0, "num_sms": 4}),
+    "parts, one for each key tile": ("b1s5x512h2d32f-float32", {"num_splits": 0}),
+    "parts, as many as the sizes say": ("b2s1x777h8/2d64f-float16", {"num_splits": 0}),
+    "parts, one as the sizes say": (
+        "b2s1x9h8/2d64f-float16",
+        {"num_splits": 0, "rendered_for": "b2s1x777h8/2d64f-float16"},
+    ),
+    "parts, no keys": (
+        "b1s5x0h2d32c-float32",
+        {"num_splits": 0, "rendered_for": "b1s5x600h2d32c-float32"},
+    ),
+    "parts, no queries": (
+        "b1s0x5h2d32c-float32",
+        {"num_splits": 0, "rendered_for": "b1s5x600h2d32c-float32"},
+    ),
+    "parts, one query": ("b2s1x600h2d64c-float16", {"num_splits": 0}),
+    "parts, packed heads": ("b2s1x600h8/2d64c-float16", {"pack_gqa": True, "num_splits": 0}),
+    "parts, packed heads, several rows": (
+        "b1s7x600h6/2d64c-float32",
+        {"pack_gqa": True, "num_splits": 0},
+    ),
+    "parts, no lse": ("b1s9x600h2d64c-float16", {"num_splits": 0, "lse": False}),
+    "parts, heads before rows": ("b2s9x600h2d64c-float16", {"num_splits": 0, "layout": "bhsd"}),
+    "parts, unaligned": (
+        "b1s9x600h2d40c-float16-unaligned",
+        {"num_splits": 0, "wider": 3, "offset": 1},
+    ),
+    "parts, head_dim 96 in two": ("b1s70x600h2d96c-float32", {"num_splits": 0, "split_dim": True}),
+    "parts, head_dim_v 24": ("b1s9x600h2d64x24c-float32", {"num_splits": 0}),
+    "parts, negative scale": ("b1s70x600h2d64c-float32", {"num_splits": 0, "scale": -0.3}),
+    "parts, large scores": ("b1s70x600h2d64c-float32", {"num_splits": 0, "scale": 20.0}),
+    "parts, softcap": ("b1s70x600h2d64ccap5-float32", {"num_splits": 0}),
+    "parts, descriptors": ("b1s70x600h4/2d64c-float16", {**TMA, "num_splits": 0}),
+    "parts, window": ("b1s70x600h2d32fw200x30-float32", {"num_splits": 0, "block_n": 16}),
+    "parts, window, branch": (
+        "b1s70x1200h2d32cw700-float16",
+        {"num_splits": 0, "split_loop": False},
+    ),
+    "parts, window, one for each key tile": ("b1s9x600h2d32cw300-float32", {"num_splits": 0}),
+    "parts, window, fewer keys": ("b1s600x520h1d32fw400x30-float32", {"num_splits": 0}),
+    "parts, window, packed heads": (
+        "b2s3x900h8/2d64cw800cap9-float16",
+        {"pack_gqa": True, "num_splits": 0},
+    ),
+    "parts, window, what it hides is not read": (
+        "b1s100x600h1d32fw150x40-float32",
+        {"split_loop": True, "block_n": 16, "num_splits": 0, "poison": True},
+    ),
 }
 
 
@@ -158,6 +212,9 @@ def test_interpreted(case, results):
     assert result["same_infinities"], "lse is -inf exactly where a row sees no key"
     assert result["hidden_rows_are_zero"]
     assert result["poison"] == "harmless"
+    if case.startswith("parts"):
+        wanted = {"three of them": 3, "one as the sizes say": 1, "no keys": 1, "no queries": 1}
+        assert result["parts"] == wanted.get(case.removeprefix("parts, "), max(2, result["parts"]))
 
 
 def test_eight_bits_are_refused():
@@ -186,12 +243,14 @@ def run_case(name: str, wanted: dict[str, object]) -> dict[str, object]:
     wider, offset = wanted.pop("wider", 0), wanted.pop("offset", 0)
     poison = wanted.pop("poison", False)
     template = installed().get("triton/fwd")
-    values = {**template.default_config(problem, device), **wanted}
-    if values["pack_gqa"]:
+    described = Problem.parse(wanted.pop("rendered_for", name))
+    values = {**template.default_config(described, device), **wanted}
+    if values["pack_gqa"] and not template.default_config(described, device)["pack_gqa"]:
         values.update(block_m=16, num_warps=4, loads="pointers", block_n=64, split_loop=True)
     elif wanted.get("loads") != "tma" and values["loads"] == "tma":
         values.update({"block_n": 64, **wanted})
-    kernel = build.build(template.render(Config.of(template.name, values), problem, device), device)
+    config = Config.of(template.name, values)
+    kernel = build.build(template.render(config, described, device), device)
 
     dtype = getattr(torch, problem.dtype)
     torch.manual_seed(0)
@@ -229,8 +288,18 @@ def run_case(name: str, wanted: dict[str, object]) -> dict[str, object]:
         "lse_error": largest(seen_lse) / max(1.0, largest(exact_lse[~hidden])),
         "same_infinities": bool(torch.equal(lse == -math.inf, hidden)),
         "hidden_rows_are_zero": not out.transpose(1, 2)[hidden].count_nonzero().item(),
+        "parts": parts_of(kernel, problem) if values["num_splits"] == 0 else 1,
         "poison": poisoned(kernel, problem, values, q, k, v, out, scale) if poison else "harmless",
     }
+
+
+def parts_of(kernel, problem) -> int:
+    window = (problem.window_left, 0 if problem.causal else problem.window_right)
+    _, parts = kernel._module.tiles_and_parts(
+        problem.batch, problem.seqlen_q, problem.seqlen_k, problem.num_heads,
+        problem.num_kv_heads, *(window if problem.local else ()),
+    )  # fmt: skip
+    return parts
 
 
 def poisoned(kernel, problem, values, q, k, v, wanted, scale) -> str:

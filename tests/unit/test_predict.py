@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from autoflash.build.kernel import Resources
+from autoflash.codegen.catalog import installed
 from autoflash.config import Config, Value
 from autoflash.device import KNOWN_GPUS, Device
 from autoflash.problem import Problem
@@ -59,6 +60,21 @@ def test_occupancy_is_what_the_calculator_says(
 def test_what_fits_nowhere_is_infinite() -> None:
     assert math.isinf(estimate(found=resources(smem_bytes=200 << 10)))
     assert math.isinf(estimate(found=resources(registers=255, num_threads=512)))
+
+
+@pytest.mark.parametrize("template", ["cuda/fwd_sm90", "gluon/fwd_sm90"])
+def test_tiles_that_a_template_derives_are_read(template: str) -> None:
+    found = installed().get(template)
+
+    def tile(warpgroups: int) -> predict_module._Tile:
+        values = dict(found.default_config(PROBLEM, H100).pairs)
+        config = Config.of(template, {**values, "num_consumer_warpgroups": warpgroups})
+        derived = found.derive(config, PROBLEM, H100)
+        return predict_module._tile(PROBLEM, config, derived, None)
+
+    figures = [(each.block_m, each.warps, each.num_threads) for each in map(tile, (1, 2, 3))]
+    # A warpgroup more than those that multiply: of it, one warp loads.
+    assert figures == [(64, 4, 256), (128, 8, 384), (192, 12, 512)]
 
 
 @pytest.mark.parametrize("gpu", KNOWN_GPUS.values(), ids=KNOWN_GPUS.keys())
@@ -144,6 +160,42 @@ def test_decoding_is_bound_by_memory() -> None:
     decode = Problem.parse("b64s1x8192h32/32d128f-bfloat16")
     found = estimate(decode, H100, block_m=16, num_warps=4)
     assert found >= decode.bytes / H100.memory_gbps / 1e3
+
+
+def test_keys_are_shared_out_where_tiles_are_few() -> None:
+    token = Problem.parse("b1s1x32768h32/8d128c-bfloat16")
+    tile: dict[str, Value] = {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 3}
+    lean = resources(registers=255, smem_bytes=112 << 10, num_threads=128)
+
+    def guess(problem: Problem, **tunables: Value) -> float:
+        return estimate(problem, H200, lean, **{**tile, "pack_gqa": True, **tunables})
+
+    one, many = guess(token, num_splits=1), guess(token, num_splits=0)
+    assert 434 / 2 < one < 434 * 2  # what an H200 takes
+    assert 51 / 2 < many < 51 * 2
+    full = Problem.parse("b64s1x8192h32/8d128c-bfloat16")  # 512 tiles: more than it holds
+    assert guess(full, num_splits=0) == guess(full, num_splits=1)
+    short = Problem.parse("b1s1x40h32/8d128c-bfloat16")  # a single tile of keys
+    assert guess(short, num_splits=0) == guess(short, num_splits=1)
+    # Four heads a tile: a quarter of the tiles, which the same keys pass through once.
+    assert guess(full, num_splits=1) < 0.5 * guess(full, num_splits=1, pack_gqa=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("b1s33x128h4/1d64f", [128] * 3),
+        ("b1s33x128h4/1d64c", [128, 128, 128]),  # rows 0 to 15, 16 to 31 and 32
+        ("b1s128x128h4/1d64c", [64] * 4 + [128] * 4),
+        ("b1s128x128h4/1d64cw15", [64] * 4 + [128] + [64] * 3),
+    ],
+)
+def test_tiles_of_packed_heads_see_the_keys_of_fewer_rows(name: str, keys: list[int]) -> None:
+    values: dict[str, Value] = {"block_m": 64, "block_n": 64, "num_warps": 4, "pack_gqa": True}
+    problem = Problem.parse(name)
+    tile = predict_module._tile(problem, Config.of("triton/fwd", values), {}, None)
+    found = [predict_module._visible_keys(problem, tile, i) for i in range(len(keys))]
+    assert found == keys
 
 
 def test_without_a_compiler_registers_are_estimated() -> None:

@@ -176,13 +176,14 @@ def test_equal_calls_tie_and_unequal_ones_do_not(rounds: int) -> None:
 class FakeNvml:
     """As much of pynvml as is used."""
 
-    NVML_CLOCK_SM, NVML_TEMPERATURE_GPU = 1, 0
+    NVML_CLOCK_SM, NVML_TEMPERATURE_GPU, NVML_FI_DEV_POWER_INSTANT = 1, 0, 186
 
     class NVMLError(Exception):
         pass
 
-    def __init__(self, reasons: int) -> None:
-        self.reasons = reasons
+    def __init__(self, reasons: int = 0, milliwatts: int | None = None) -> None:
+        self.reasons, self.milliwatts = reasons, milliwatts
+        self.clock_mhz = 1830
         self.asked = ""
 
     def nvmlInit(self) -> None:
@@ -193,10 +194,13 @@ class FakeNvml:
         return uuid
 
     def nvmlDeviceGetClockInfo(self, handle: str, kind: int) -> int:
-        return 1830
+        return self.clock_mhz
 
-    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
-        raise self.NVMLError
+    def nvmlDeviceGetFieldValues(self, handle: str, fields: list[int]) -> list[SimpleNamespace]:
+        assert fields == [self.NVML_FI_DEV_POWER_INSTANT]
+        failed = int(self.milliwatts is None)
+        value = SimpleNamespace(uiVal=self.milliwatts)
+        return [SimpleNamespace(nvmlReturn=failed, value=value)]
 
     def nvmlDeviceGetTemperature(self, handle: str, kind: int) -> int:
         return 51
@@ -212,13 +216,40 @@ def test_telemetry_reads_what_the_board_reports(
     nvml = FakeNvml(reasons)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     telemetry, readings = Telemetry("1234-abcd"), Readings()
-    for _ in range(3):
-        telemetry.read(readings)
+    telemetry.read(readings)
     assert nvml.asked == "GPU-1234-abcd"
     assert readings.summary() == {
         "clock_mhz": 1830, "power_w": None, "temperature_c": 51, "throttled": throttled,
     }  # fmt: skip
-    assert len(readings.clocks_mhz) == 1  # the others came too soon after it
+
+
+def test_a_call_has_the_clock_and_power_of_its_own_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml, now = FakeNvml(), [100.0]
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr("autoflash.tuning.telemetry.time.perf_counter", lambda: now[0])
+    telemetry, readings = Telemetry("1234-abcd"), Readings()
+
+    def turn(*ages_and_states: tuple[float, int, int]) -> list[bool]:
+        """Offers a reading at each age of a turn; which of them were due."""
+        readings.begin()
+        began, due = now[0], []
+        for age_s, nvml.clock_mhz, nvml.milliwatts in ages_and_states:
+            now[0] = began + age_s
+            due.append(readings.is_due())
+            if due[-1]:
+                telemetry.read(readings)
+        return due
+
+    # Of the call before: the first clock; all power of a turn that ends before the board renews it.
+    assert turn((0.001, 1980, 300_000), (0.006, 1500, 300_000)) == [True, True]
+    assert readings.summary()["clock_mhz"] == 1500
+    assert readings.summary()["power_w"] is None
+    # A turn that comes soon after the last still gets a reading, and one every 20 ms after it.
+    assert turn((0.004, 1980, 1), (0.007, 1510, 1), (0.02, 9, 9), (0.2, 1505, 690_000)) == [
+        False, True, False, True,
+    ]  # fmt: skip
+    assert readings.summary()["clock_mhz"] == 1505
+    assert readings.summary()["power_w"] == 690
 
 
 def test_telemetry_is_silent_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

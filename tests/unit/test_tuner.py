@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from autoflash import errors
-from autoflash.codegen.catalog import Catalog
+from autoflash.codegen.catalog import Catalog, installed
 from autoflash.config import Config
 from autoflash.database import Database
 from autoflash.device import KNOWN_GPUS
@@ -21,6 +21,7 @@ from autoflash.record import Record
 from autoflash.tuning import tuner
 from autoflash.tuning.effort import EFFORTS
 from autoflash.tuning.pool import Finished
+from autoflash.tuning.run import Run
 from autoflash.tuning.tuner import Event, TuneResult, tune
 
 CATALOG = Catalog.load(Path(__file__).parents[1] / "data" / "plane")
@@ -526,3 +527,22 @@ def test_a_plan_counts_without_touching_anything(database: Database) -> None:
     assert plans[1].templates == ()
     assert plans[1].refused == {"triton/plane": "head_dim is at most 128"}
     assert (plans[1].trials, plans[1].seconds) == (0, 0.0)
+
+
+def test_templates_take_turns_with_their_seeds(database: Database) -> None:
+    gpu, problem = KNOWN_GPUS["sm90"], Problem.parse("b4s4096h16d128c")
+    templates = installed().templates
+    run = Run(
+        templates=templates,
+        device=gpu,
+        database=database,
+        workers=Pretend(),
+        effort=EFFORTS["normal"],
+        policy="pretended",
+        jobs=2,
+        seed=0,
+    )
+    names = ("cuda/fwd_sm80", "cuda/fwd_sm90", "triton/fwd")
+    tried = [c.template for c in run.seeds(problem, [templates[name] for name in names])]
+    assert tried[:7] == [*names, *names[1:], *names[1:]]  # defaults, then turns; sm80 gives way
+    assert set(tried[-3:]) == {"cuda/fwd_sm80"}

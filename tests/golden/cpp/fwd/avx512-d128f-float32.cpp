@@ -569,7 +569,7 @@ int run(const Call& call, int num_threads) {
 
 }  // namespace
 
-extern "C" int launch(const void* q, const void* k, const void* v, void* out, float* lse, int32_t batch, int32_t seqlen_q, int32_t seqlen_k, int32_t num_heads, int32_t num_kv_heads, int32_t window_left, int32_t window_right, int64_t q_stride_batch, int64_t q_stride_seq, int64_t q_stride_head, int64_t k_stride_batch, int64_t k_stride_seq, int64_t k_stride_head, int64_t v_stride_batch, int64_t v_stride_seq, int64_t v_stride_head, int64_t out_stride_batch, int64_t out_stride_seq, int64_t out_stride_head, float softcap, float softmax_scale, int num_threads) {
+extern "C" int launch(const void* q, const void* k, const void* v, void* out, float* lse, void* workspace, int32_t batch, int32_t seqlen_q, int32_t seqlen_k, int32_t num_heads, int32_t num_kv_heads, int32_t window_left, int32_t window_right, int64_t q_stride_batch, int64_t q_stride_seq, int64_t q_stride_head, int64_t k_stride_batch, int64_t k_stride_seq, int64_t k_stride_head, int64_t v_stride_batch, int64_t v_stride_seq, int64_t v_stride_head, int64_t out_stride_batch, int64_t out_stride_seq, int64_t out_stride_head, float softcap, float softmax_scale, int num_threads) {
   if (batch == 0 || seqlen_q == 0) return 0;
   constexpr float kLog2E = 1.44269504089f;
   // The largest scaled score belongs to the largest score only if the scale is positive: a

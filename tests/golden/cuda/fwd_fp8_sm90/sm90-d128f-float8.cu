@@ -54,8 +54,9 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // The warps of the producer's warpgroup: the first loads, the others transpose V.
 constexpr int kTransposers = 3;
 // P is held times 2^8, so that the greatest of a row is 256: e4m3 reaches from 2^-9 to 448. Sums of P carry the
-// same factor.
-constexpr float kLog2PFactor = 8.0f;
+// same factor. It has no room to grow; and relative to an older largest score the greatest of a row, which may be most
+// of its sum, would no more be a power of two and lose up to 1 part in 16 to rounding.
+constexpr float kLog2PFactor = 8.0f, kSlack = 0.0f;
 
 // Shared memory ----------------------------------------------------------------------------------
 
@@ -83,6 +84,7 @@ struct alignas(1024) Shared {
 
 static_assert(sizeof(Shared) == kSharedBytes, "the declaration's smem_bytes is not what the kernel uses");
 
+
 using Barrier = cutlass::arch::ClusterBarrier;
 using BytesBarrier = cutlass::arch::ClusterTransactionBarrier;
 
@@ -96,7 +98,18 @@ struct Ring {
   CUTE_DEVICE void advance() { ++steps; }
 };
 
-// The last lane to get here lets the one who fills a stage (in a cluster: those who do) overwrite it.
+// Whether the stage at which `ring` stands is full: to ask early, and to wait with `wait_full` only if it was not.
+// The answer takes as long as some forty instructions.
+template <int kDepth>
+CUTE_DEVICE bool is_full(uint64_t const* full, Ring<kDepth> const& ring) {
+  return Barrier::test_wait(full + ring.stage(), ring.parity(), 1u);
+}
+template <int kDepth>
+CUTE_DEVICE void wait_full(uint64_t const* full, Ring<kDepth> const& ring, bool known) {
+  if (!known) Barrier::wait(full + ring.stage(), ring.parity());
+}
+
+// One lane of every warp lets the one who fills a stage (in a cluster: those who do) overwrite it.
 CUTE_DEVICE void release(uint64_t* empty) {
   const int lane = threadIdx.x % 32;
   if constexpr (kCluster == 1) {
@@ -111,8 +124,6 @@ CUTE_DEVICE void release_here(uint64_t* empty) {
   if (threadIdx.x % 32 == 0) Barrier::arrive(empty);
 }
 
-// Work ---------------------------------------------------------------------------------------------
-
 
 struct Place {
   int m, head, batch;
@@ -120,6 +131,7 @@ struct Place {
 
 // Tiles in order: with a mask the longest first, and all heads whose keys fit L2 together side by side.
 CUTE_DEVICE Place tile_at(Arguments const& args, int index) {
+
   int m, head_batch;
   if constexpr (kHeadsShareL2) {
     const int per_section = args.heads_per_section * args.tiles_m;
@@ -158,6 +170,7 @@ CUTE_DEVICE Keys keys_of(Arguments const& args, int m) {
     keys.begin = max(first_row - args.window_left, 0) / kBlockN;
     keys.left = (max(last_row - args.window_left, 0) + kBlockN - 1) / kBlockN;
   }
+
   return keys;
 }
 
@@ -198,14 +211,13 @@ CUTE_DEVICE int drawn(Shared& shared, Turn const& turn) {
 }
 
 
-// Producer: the loading warp -------------------------------------------------------------------------
-
 // A tile of K or V: all of it, or in a cluster this block's share of it, which all blocks receive.
 template <int kColumns, int kChunk>
 CUTE_DEVICE void load_keys(CUtensorMap const& map, uint64_t* full, Element* to, int tile, int head, int batch) {
   constexpr auto kHint = TMA::CacheHintSm90::EVICT_LAST;
   constexpr int kShare = kBlockN / kCluster;
   const int share = kCluster == 1 ? 0 : int(blockIdx.x % kCluster) * kShare;
+  BytesBarrier::arrive_and_expect_tx(full, kBlockN * kColumns * sizeof(Element));
   CUTE_UNROLL
   for (int c = 0; c < kColumns; c += kChunk) {
     Element* at = to + c * kBlockN + share * kChunk;
@@ -218,6 +230,7 @@ CUTE_DEVICE void load_keys(CUtensorMap const& map, uint64_t* full, Element* to, 
   }
 }
 
+// The loading warp; one thread of it.
 CUTE_DEVICE void produce(Arguments const& args, Shared& shared) {
   CUTE_UNROLL
   for (CUtensorMap const* map : {&args.q, &args.k, &args.v}) {
@@ -232,18 +245,14 @@ CUTE_DEVICE void produce(Arguments const& args, Shared& shared) {
     const int kv_head = tile.head / args.group_size;
     const auto load_k = [&](int n) {
       Barrier::wait(&shared.k_empty[k_ring.stage()], k_ring.parity() ^ 1);
-      uint64_t* full = &shared.k_full[k_ring.stage()];
-      BytesBarrier::arrive_and_expect_tx(full, kBlockN * kColumnsQK);
-      load_keys<kColumnsQK, kChunkQK>(args.k, full, shared.k + k_ring.stage() * kBlockN * kColumnsQK, n, kv_head,
-                                      tile.batch);
+      load_keys<kColumnsQK, kChunkQK>(args.k, &shared.k_full[k_ring.stage()],
+                                      shared.k + k_ring.stage() * kBlockN * kColumnsQK, n, kv_head, tile.batch);
       k_ring.advance();
     };
     const auto load_v = [&](int n) {
       Barrier::wait(&shared.v_empty[v_ring.stage()], v_ring.parity() ^ 1);
-      uint64_t* full = &shared.v_full[v_ring.stage()];
-      BytesBarrier::arrive_and_expect_tx(full, kBlockN * kColumnsV);
-      load_keys<kColumnsV, kChunkV>(args.v, full, shared.v + v_ring.stage() * kBlockN * kColumnsV, n, kv_head,
-                                    tile.batch);
+      load_keys<kColumnsV, kChunkV>(args.v, &shared.v_full[v_ring.stage()],
+                                    shared.v + v_ring.stage() * kBlockN * kColumnsV, n, kv_head, tile.batch);
       v_ring.advance();
     };
     // What takes the place of the tile before, in the order in which that is done with.
@@ -254,7 +263,7 @@ CUTE_DEVICE void produce(Arguments const& args, Shared& shared) {
     CUTE_NO_UNROLL  // a producer has few registers
     for (int w = 0; w < kConsumers; ++w) {
       Barrier::wait(&shared.q_empty[w], turn.slot() ^ 1);
-      BytesBarrier::arrive_and_expect_tx(&shared.q_full[w], 64 * kColumnsQK);
+      BytesBarrier::arrive_and_expect_tx(&shared.q_full[w], 64 * kColumnsQK * sizeof(Element));
       CUTE_UNROLL
       for (int c = 0; c < kColumnsQK; c += kChunkQK) {
         SM90_TMA_LOAD_4D::copy(&args.q, &shared.q_full[w], uint64_t(TMA::CacheHintSm90::EVICT_FIRST),
@@ -272,6 +281,30 @@ CUTE_DEVICE void produce(Arguments const& args, Shared& shared) {
     if constexpr (!kPersistent) break;
     turn.advance(kDynamic ? next : turn.index + gridDim.x);
   }
+}
+
+// Warpgroups take turns: `wait_turn` returns once the one before has issued its products.
+CUTE_DEVICE void wait_turn(int warpgroup) {
+  if constexpr (kPingpong) cutlass::arch::NamedBarrier::sync(256, uint32_t(1 + warpgroup));
+}
+CUTE_DEVICE void end_turn(int warpgroup) {
+  if constexpr (kPingpong) {
+    cutlass::arch::NamedBarrier::arrive(256, uint32_t(1 + (warpgroup + 1 == kConsumers ? 0 : warpgroup + 1)));
+  }
+}
+
+// Issues a product and does not wait for it.
+template <bool kZero, class Mma, class A, class B, class C>
+CUTE_DEVICE void issue(Mma& mma, A const& a, B const& b, C& c) {
+  warpgroup_fence_operand(c);
+  warpgroup_arrive();
+  if constexpr (kZero) mma.accumulate_ = GMMA::ScaleOut::Zero;
+  CUTE_UNROLL
+  for (int k = 0; k < size<2>(a); ++k) {
+    cute::gemm(mma, a(_, _, k), b(_, _, k), c);
+    mma.accumulate_ = GMMA::ScaleOut::One;
+  }
+  warpgroup_commit_batch();
 }
 
 // Producer: the transposing warps --------------------------------------------------------------------
@@ -353,6 +386,7 @@ CUTE_DEVICE void transpose(Arguments const& args, Shared& shared) {
 
 // Consumers ----------------------------------------------------------------------------------------
 
+
 CUTE_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -364,6 +398,126 @@ CUTE_DEVICE float exp2_fast(float x) {
 CUTE_DEVICE float tanh_fast(float x) {
   const float t = exp2_fast(2.0f * kLog2e * x);
   return 1.0f - __fdividef(2.0f, t + 1.0f);
+}
+
+// An accumulator as (rows of this thread, columns of this thread).
+template <class Accumulator>
+CUTE_DEVICE auto by_rows(Accumulator& acc) {
+  auto l = acc.layout();
+  return make_tensor(acc.data(), make_layout(make_layout(get<0, 1>(l), get<1>(l)),
+                                             make_layout(get<0, 0>(l), get<0, 2>(l), get<2>(l))));
+}
+
+// Rows of this thread: 8 r + lane / 4 of its warp's 16.
+constexpr int kRows = 2;
+
+struct Softmax {
+  float largest[kRows];  // what scores are taken relative to: the largest so far, or up to kSlack less
+  float sum[kRows];      // of this thread's columns
+};
+
+// The largest score of each row, and of what `largest` holds.
+template <class Scores>
+CUTE_DEVICE void find_largest(Scores const& scores, float (&largest)[kRows]) {
+  CUTE_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    CUTE_UNROLL
+    for (int j = 0; j < size<1>(scores); ++j) largest[r] = fmaxf(largest[r], scores(r, j));
+    largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xffffffff, largest[r], 1));
+    largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xffffffff, largest[r], 2));
+  }
+}
+
+// Whether a score of this thread may be more than `slack` above its row's `largest`. As integers, which are
+// compared three at a time: right where the limit is not negative; else, it may. In four chains a row, for a warp
+// waits for each: in a profile on an H200 one chain took 7 cycles a comparison.
+template <class Scores>
+CUTE_DEVICE bool outgrown(Scores const& scores, float const (&largest)[kRows], float slack) {
+  constexpr int kColumns = decltype(size<1>(scores))::value, kChains = kColumns % 8 == 0 ? 4 : 2;
+  bool found = false;
+  CUTE_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    const int limit = __float_as_int(largest[r] + slack);
+    int top[kChains];
+    CUTE_UNROLL
+    for (int c = 0; c < kChains; ++c) top[c] = limit;
+    CUTE_UNROLL
+    for (int j = 0; j < kColumns; j += 2) {
+      int& chain = top[j / 2 % kChains];
+      chain = __vimax3_s32(chain, __float_as_int(scores(r, j)), __float_as_int(scores(r, j + 1)));
+    }
+    CUTE_UNROLL
+    for (int c = 1; c < kChains; ++c) top[0] = max(top[0], top[c]);
+    found = found || limit < 0 || top[0] > limit;
+  }
+  return found;
+}
+
+// Scores become probabilities times 2^kLog2PFactor; returns in `rescale` what the sums so far, and so O, must be multiplied with, and whether
+// that is other than 1 for any row of the warp.
+//
+// The largest score need not be known exactly, for a power of two more or less in P and the sums changes neither O
+// nor lse: it is looked for only where a row of the warp may have outgrown what P has room for. That rescales O once or
+// twice a tile of queries in place of once an iteration (FlashAttention-4, arXiv 2603.05451), and leaves
+// the maximum to integers.
+template <bool kFirst, bool kMasked, class Scores>
+CUTE_DEVICE bool softmax_step(Scores&& scores, Softmax& state, float scale_log2, float slack, float (&rescale)[kRows]) {
+  constexpr int kColumns = decltype(size<1>(scores))::value;
+  float largest[kRows];
+  CUTE_UNROLL
+  for (int r = 0; r < kRows; ++r) largest[r] = kFirst ? -INFINITY : state.largest[r];
+  bool moved = !kFirst;
+  if constexpr (kSlack > 0.0f && !kFirst) {
+    moved = __any_sync(0xffffffff, outgrown(scores, state.largest, slack));
+    if (moved) find_largest(scores, largest);
+  } else {
+    find_largest(scores, largest);
+  }
+  CUTE_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    // A row that has seen no key yet has -inf, of which no difference can be taken.
+    const float base = (kMasked || kLocal) && largest[r] == -INFINITY ? 0.0f : largest[r] * scale_log2;
+    if constexpr (!kFirst) {
+      rescale[r] = exp2_fast(state.largest[r] * scale_log2 - base);
+      if (kSlack == 0.0f || moved) state.sum[r] *= rescale[r];
+    }
+    state.largest[r] = largest[r];
+    const float shift = base - kLog2PFactor;
+    float sum = 0.0f;
+    CUTE_UNROLL
+    for (int j = 0; j < kColumns; ++j) {
+      scores(r, j) = exp2_fast(scores(r, j) * scale_log2 - shift);
+      sum += scores(r, j);
+    }
+    state.sum[r] = kFirst ? sum : state.sum[r] + sum;
+  }
+  return moved;
+}
+
+// O, or what there is of it, in terms of the new base.
+template <class Out>
+CUTE_DEVICE void rescale_rows(Out&& rows, float const (&rescale)[kRows]) {
+  CUTE_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    CUTE_UNROLL
+    for (int j = 0; j < size<1>(rows); ++j) rows(r, j) *= rescale[r];
+  }
+}
+
+// Hides what a row does not see. `row` and `column` are this thread's first, in the keys' coordinates.
+template <class Scores>
+CUTE_DEVICE void mask(Scores&& scores, Arguments const& args, int row, int column) {
+  CUTE_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    int end = args.seqlen_k - column, begin = 0;
+    if constexpr (kCausal || kLocal) end = min(end, row + 8 * r + 1 + (kLocal ? args.window_right : 0) - column);
+    if constexpr (kLocal) begin = row + 8 * r - args.window_left - column;
+    CUTE_UNROLL
+    for (int j = 0; j < size<1>(scores); ++j) {
+      const int at = j / 2 * 8 + j % 2;
+      if (at >= end || (kLocal && at < begin)) scores(r, j) = -INFINITY;
+    }
+  }
 }
 
 // Four numbers to e4m3, the first in the lowest byte.
@@ -454,91 +608,6 @@ using Warpgroups = Layout<Shape<Int<kConsumers>, _1, _1>>;
 using MmaQK = decltype(make_tiled_mma(AtomQK{}, Warpgroups{}));
 using MmaPV = decltype(make_tiled_mma(AtomPV{}, Warpgroups{}));
 
-// Issues a product and does not wait for it.
-template <bool kZero, class Mma, class A, class B, class C>
-CUTE_DEVICE void issue(Mma& mma, A const& a, B const& b, C& c) {
-  warpgroup_fence_operand(c);
-  warpgroup_arrive();
-  if constexpr (kZero) mma.accumulate_ = GMMA::ScaleOut::Zero;
-  CUTE_UNROLL
-  for (int k = 0; k < size<2>(a); ++k) {
-    cute::gemm(mma, a(_, _, k), b(_, _, k), c);
-    mma.accumulate_ = GMMA::ScaleOut::One;
-  }
-  warpgroup_commit_batch();
-}
-
-// An accumulator as (rows of this thread, columns of this thread).
-template <class Accumulator>
-CUTE_DEVICE auto by_rows(Accumulator& acc) {
-  auto l = acc.layout();
-  return make_tensor(acc.data(), make_layout(make_layout(get<0, 1>(l), get<1>(l)),
-                                             make_layout(get<0, 0>(l), get<0, 2>(l), get<2>(l))));
-}
-
-// Warpgroups take turns: `wait_turn` returns once the one before has issued its products.
-CUTE_DEVICE void wait_turn(int warpgroup) {
-  if constexpr (kPingpong) cutlass::arch::NamedBarrier::sync(256, uint32_t(1 + warpgroup));
-}
-CUTE_DEVICE void end_turn(int warpgroup) {
-  if constexpr (kPingpong) {
-    cutlass::arch::NamedBarrier::arrive(256, uint32_t(1 + (warpgroup + 1 == kConsumers ? 0 : warpgroup + 1)));
-  }
-}
-
-// Rows of this thread: 8 r + lane / 4 of its warp's 16.
-constexpr int kRows = 2;
-
-struct Softmax {
-  float largest[kRows], sum[kRows];
-};
-
-// Scores become probabilities times 2^kLog2PFactor; returns in `rescale` what the sums so far, and so O, must be
-// multiplied with.
-template <bool kFirst, bool kMasked, class Scores>
-CUTE_DEVICE void softmax_step(Scores&& scores, Softmax& state, float scale_log2, float (&rescale)[kRows]) {
-  constexpr int kColumns = decltype(size<1>(scores))::value;
-  CUTE_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    float largest = kFirst ? -INFINITY : state.largest[r];
-    CUTE_UNROLL
-    for (int j = 0; j < kColumns; ++j) largest = fmaxf(largest, scores(r, j));
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
-    // A row that has seen no key yet has -inf, of which no difference can be taken.
-    const float base = (kMasked || kLocal) && largest == -INFINITY ? 0.0f : largest * scale_log2;
-    if constexpr (!kFirst) {
-      rescale[r] = exp2_fast(state.largest[r] * scale_log2 - base);
-      state.sum[r] *= rescale[r];
-    }
-    state.largest[r] = largest;
-    const float shift = base - kLog2PFactor;
-    float sum = 0.0f;
-    CUTE_UNROLL
-    for (int j = 0; j < kColumns; ++j) {
-      scores(r, j) = exp2_fast(scores(r, j) * scale_log2 - shift);
-      sum += scores(r, j);
-    }
-    state.sum[r] = kFirst ? sum : state.sum[r] + sum;
-  }
-}
-
-// Hides what a row does not see. `row` and `column` are this thread's first, in the keys' coordinates.
-template <class Scores>
-CUTE_DEVICE void mask(Scores&& scores, Arguments const& args, int row, int column) {
-  CUTE_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    int end = args.seqlen_k - column, begin = 0;
-    if constexpr (kCausal || kLocal) end = min(end, row + 8 * r + 1 + (kLocal ? args.window_right : 0) - column);
-    if constexpr (kLocal) begin = row + 8 * r - args.window_left - column;
-    CUTE_UNROLL
-    for (int j = 0; j < size<1>(scores); ++j) {
-      const int at = j / 2 * 8 + j % 2;
-      if (at >= end || (kLocal && at < begin)) scores(r, j) = -INFINITY;
-    }
-  }
-}
-
 CUTE_DEVICE void consume(Arguments const& args, Shared& shared, int warpgroup) {
   const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, warp = thread / 32;
   MmaQK mma_qk;
@@ -607,15 +676,6 @@ CUTE_DEVICE void consume(Arguments const& args, Shared& shared, int warpgroup) {
       };
       const auto release_k = [&] { release(&shared.k_empty[k_ring.stage()]); k_ring.advance(); };
       const auto release_vt = [&] { release_here(&shared.vt_empty[vt_ring.stage()]); vt_ring.advance(); };
-      const auto rescale_out = [&] {
-        auto rows = by_rows(out);
-        CUTE_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          CUTE_UNROLL
-          for (int j = 0; j < size<1>(rows); ++j) rows(r, j) *= rescale[r];
-        }
-      };
-
       int n = keys.end - 1;
       {
         Tensor scores = partition_fragment_C(mma_qk, Shape<Int<kBlockM>, Int<kBlockN>>{});
@@ -625,7 +685,7 @@ CUTE_DEVICE void consume(Arguments const& args, Shared& shared, int warpgroup) {
         warpgroup_fence_operand(scores);
         release_k();
         finish_scores(scores, n, true_type{});
-        softmax_step<true, true>(by_rows(scores), state, scale_log2, rescale);
+        softmax_step<true, true>(by_rows(scores), state, scale_log2, kSlack, rescale);
         round_p(scores, p_words);
       }
       const auto step = [&](int n, auto masked) {
@@ -638,12 +698,12 @@ CUTE_DEVICE void consume(Arguments const& args, Shared& shared, int warpgroup) {
           warpgroup_fence_operand(scores);
           release_k();
           finish_scores(scores, n, masked);
-          softmax_step<false, decltype(masked)::value>(by_rows(scores), state, scale_log2, rescale);
+          softmax_step<false, decltype(masked)::value>(by_rows(scores), state, scale_log2, kSlack, rescale);
           warpgroup_wait<0>();
           warpgroup_fence_operand(out);
           release_vt();
           round_p(scores, p_words);
-          rescale_out();
+          rescale_rows(by_rows(out), rescale);
         } else {
           issue_pv();
           warpgroup_wait<0>();
@@ -655,9 +715,9 @@ CUTE_DEVICE void consume(Arguments const& args, Shared& shared, int warpgroup) {
           warpgroup_fence_operand(scores);
           release_k();
           finish_scores(scores, n, masked);
-          softmax_step<false, decltype(masked)::value>(by_rows(scores), state, scale_log2, rescale);
+          softmax_step<false, decltype(masked)::value>(by_rows(scores), state, scale_log2, kSlack, rescale);
           round_p(scores, p_words);
-          rescale_out();
+          rescale_rows(by_rows(out), rescale);
         }
       };
       --n;
@@ -862,6 +922,7 @@ static int multiprocessors(cudaError_t& error) {
     if (error == cudaSuccess) {
       error = cudaFuncSetAttribute(fwd_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     }
+
     if (error != cudaSuccess) return 0;
     counts[device] = count;
   }
@@ -874,6 +935,7 @@ static int start(Arguments& args, int sms, int batch, int num_kv_heads, cudaStre
   args.tiles_m = (args.seqlen_q + kBlockM * kCluster - 1) / (kBlockM * kCluster) * kCluster;
   args.num_head_batches = args.num_heads * batch;
   args.tiles = args.tiles_m * args.num_head_batches;
+
   constexpr int64_t kL2Share = 32 << 20;  // of 50 MB on Hopper: the rest is for Q, O and what is in flight
   const int64_t bytes_per_head = int64_t(args.seqlen_k) * (kHeadDim + kHeadDimV) * kElementBytes;
   const int64_t kv_heads = bytes_per_head == 0 ? num_kv_heads : kL2Share / bytes_per_head;
@@ -899,7 +961,7 @@ static int start(Arguments& args, int sms, int batch, int num_kv_heads, cudaStre
   return int(cudaLaunchKernelEx(&config, fwd_kernel, args));
 }
 
-extern "C" int launch(const void* q, const void* k, const void* v, void* out, float* lse, const float* q_descale, const float* k_descale, const float* v_descale, int32_t batch, int32_t seqlen_q, int32_t seqlen_k, int32_t num_heads, int32_t num_kv_heads, int32_t window_left, int32_t window_right, int64_t q_stride_batch, int64_t q_stride_seq, int64_t q_stride_head, int64_t k_stride_batch, int64_t k_stride_seq, int64_t k_stride_head, int64_t v_stride_batch, int64_t v_stride_seq, int64_t v_stride_head, int64_t out_stride_batch, int64_t out_stride_seq, int64_t out_stride_head, float softcap, float softmax_scale, void* stream) {
+extern "C" int launch(const void* q, const void* k, const void* v, void* out, float* lse, const float* q_descale, const float* k_descale, const float* v_descale, void* workspace, int32_t batch, int32_t seqlen_q, int32_t seqlen_k, int32_t num_heads, int32_t num_kv_heads, int32_t window_left, int32_t window_right, int64_t q_stride_batch, int64_t q_stride_seq, int64_t q_stride_head, int64_t k_stride_batch, int64_t k_stride_seq, int64_t k_stride_head, int64_t v_stride_batch, int64_t v_stride_seq, int64_t v_stride_head, int64_t out_stride_batch, int64_t out_stride_seq, int64_t out_stride_head, float softcap, float softmax_scale, void* stream) {
 
   cudaError_t error = cudaSuccess;
   const int sms = multiprocessors(error);

@@ -9,7 +9,7 @@
 constexpr int kHeadDim = 128, kHeadDimV = 128;
 constexpr int kColumnsQK = 128, kColumnsV = 128;  // in shared memory, zero-filled
 constexpr int kConsumers = 2, kThreads = 384, kBlocksPerSM = 1;
-constexpr int kBlockM = 128, kBlockN = 112, kStages = 2, kCluster = 1;
+constexpr int kBlockM = 128, kBlockN = 112, kStages = 2, kLandings = kStages, kCluster = 1;
 constexpr int kElementBytes = 2;
 constexpr auto kElementType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 constexpr int kSharedBytes = 181248;
@@ -41,11 +41,14 @@ using namespace cute;
 
 using Element = bfloat16_t;
 constexpr bool kCausal = false, kLocal = true, kSoftcap = true;
-constexpr bool kOverlap = true, kPingpong = true, kPInRegisters = true;
+constexpr bool kOverlap = true, kPingpong = true, kTurnEndsDone = false, kPInRegisters = true;
 constexpr bool kHeadsShareL2 = true;
 constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
 
 constexpr float kLog2e = 1.4426950408889634f;
+// P may grow to 2^8 before it, and O, are taken relative to a new largest score: sums are of float32, and P rounds
+// as well at 256 as at 1.
+constexpr float kSlack = 8.0f, kLog2PFactor = 0.0f;
 
 // Shared memory ----------------------------------------------------------------------------------
 
@@ -82,19 +85,45 @@ struct alignas(1024) Shared {
 
 static_assert(sizeof(Shared) == kSharedBytes, "the declaration's smem_bytes is not what the kernel uses");
 
+
 using Barrier = cutlass::arch::ClusterBarrier;
 using BytesBarrier = cutlass::arch::ClusterTransactionBarrier;
 
-// Where a ring stands: the stage, and the parity of how often it went round.
+// Where a ring stands: the stage, and the parity of how often it went round. One number, for a producer has few
+// registers.
+template <int kDepth>
 struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  CUTE_DEVICE void advance() {
-    if (++stage == kStages) { stage = 0; parity ^= 1; }
-  }
+  uint32_t steps = 0;
+  CUTE_DEVICE int stage() const { return steps % kDepth; }
+  CUTE_DEVICE uint32_t parity() const { return steps / kDepth % 2; }
+  CUTE_DEVICE void advance() { ++steps; }
 };
 
-// Work ---------------------------------------------------------------------------------------------
+// Whether the stage at which `ring` stands is full: to ask early, and to wait with `wait_full` only if it was not.
+// The answer takes as long as some forty instructions.
+template <int kDepth>
+CUTE_DEVICE bool is_full(uint64_t const* full, Ring<kDepth> const& ring) {
+  return Barrier::test_wait(full + ring.stage(), ring.parity(), 1u);
+}
+template <int kDepth>
+CUTE_DEVICE void wait_full(uint64_t const* full, Ring<kDepth> const& ring, bool known) {
+  if (!known) Barrier::wait(full + ring.stage(), ring.parity());
+}
+
+// One lane of every warp lets the one who fills a stage (in a cluster: those who do) overwrite it.
+CUTE_DEVICE void release(uint64_t* empty) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (kCluster == 1) {
+    if (lane == 0) Barrier::arrive(empty);
+  } else {
+    Barrier::arrive(empty, lane, lane < kCluster);
+  }
+}
+
+// As `release`, where only this block fills the stage.
+CUTE_DEVICE void release_here(uint64_t* empty) {
+  if (threadIdx.x % 32 == 0) Barrier::arrive(empty);
+}
 
 
 struct Place {
@@ -103,6 +132,7 @@ struct Place {
 
 // Tiles in order: with a mask the longest first, and all heads whose keys fit L2 together side by side.
 CUTE_DEVICE Place tile_at(Arguments const& args, int index) {
+
   int m, head_batch;
   if constexpr (kHeadsShareL2) {
     const int per_section = args.heads_per_section * args.tiles_m;
@@ -141,6 +171,7 @@ CUTE_DEVICE Keys keys_of(Arguments const& args, int m) {
     keys.begin = max(first_row - args.window_left, 0) / kBlockN;
     keys.left = (max(last_row - args.window_left, 0) + kBlockN - 1) / kBlockN;
   }
+
   return keys;
 }
 
@@ -180,16 +211,6 @@ CUTE_DEVICE int drawn(Shared& shared, Turn const& turn) {
   return next;
 }
 
-// Producer -----------------------------------------------------------------------------------------
-
-template <int kColumns, int kChunk, int kRows>
-CUTE_DEVICE void load_rows(CUtensorMap const& map, uint64_t* full, Element* to, int stride, int row, int head, int batch,
-                           TMA::CacheHintSm90 hint) {
-  CUTE_UNROLL
-  for (int c = 0; c < kColumns; c += kChunk) {
-    SM90_TMA_LOAD_4D::copy(&map, full, uint64_t(hint), to + c * stride, c, row, head, batch);
-  }
-}
 
 // A tile of K or V: all of it, or in a cluster this block's share of it, which all blocks receive.
 template <int kColumns, int kChunk>
@@ -197,6 +218,7 @@ CUTE_DEVICE void load_keys(CUtensorMap const& map, uint64_t* full, Element* to, 
   constexpr auto kHint = TMA::CacheHintSm90::EVICT_LAST;
   constexpr int kShare = kBlockN / kCluster;
   const int share = kCluster == 1 ? 0 : int(blockIdx.x % kCluster) * kShare;
+  BytesBarrier::arrive_and_expect_tx(full, kBlockN * kColumns * sizeof(Element));
   CUTE_UNROLL
   for (int c = 0; c < kColumns; c += kChunk) {
     Element* at = to + c * kBlockN + share * kChunk;
@@ -209,31 +231,29 @@ CUTE_DEVICE void load_keys(CUtensorMap const& map, uint64_t* full, Element* to, 
   }
 }
 
+// The loading warp; one thread of it.
 CUTE_DEVICE void produce(Arguments const& args, Shared& shared) {
   CUTE_UNROLL
   for (CUtensorMap const* map : {&args.q, &args.k, &args.v}) {
     prefetch_tma_descriptor(reinterpret_cast<TmaDescriptor const*>(map));
   }
-  Ring k_ring, v_ring;
+  Ring<kStages> k_ring;
+  Ring<kLandings> v_ring;
   Turn turn;
   while (turn.index < args.tiles) {
     const Place tile = tile_at(args, turn.index);
     const Keys keys = keys_of(args, tile.m);
     const int kv_head = tile.head / args.group_size;
     const auto load_k = [&](int n) {
-      Barrier::wait(&shared.k_empty[k_ring.stage], k_ring.parity ^ 1);
-      uint64_t* full = &shared.k_full[k_ring.stage];
-      BytesBarrier::arrive_and_expect_tx(full, kBlockN * kColumnsQK * sizeof(Element));
-      load_keys<kColumnsQK, kChunkQK>(args.k, full, shared.k + k_ring.stage * kBlockN * kColumnsQK, n, kv_head,
-                                      tile.batch);
+      Barrier::wait(&shared.k_empty[k_ring.stage()], k_ring.parity() ^ 1);
+      load_keys<kColumnsQK, kChunkQK>(args.k, &shared.k_full[k_ring.stage()],
+                                      shared.k + k_ring.stage() * kBlockN * kColumnsQK, n, kv_head, tile.batch);
       k_ring.advance();
     };
     const auto load_v = [&](int n) {
-      Barrier::wait(&shared.v_empty[v_ring.stage], v_ring.parity ^ 1);
-      uint64_t* full = &shared.v_full[v_ring.stage];
-      BytesBarrier::arrive_and_expect_tx(full, kBlockN * kColumnsV * sizeof(Element));
-      load_keys<kColumnsV, kChunkV>(args.v, full, shared.v + v_ring.stage * kBlockN * kColumnsV, n, kv_head,
-                                    tile.batch);
+      Barrier::wait(&shared.v_empty[v_ring.stage()], v_ring.parity() ^ 1);
+      load_keys<kColumnsV, kChunkV>(args.v, &shared.v_full[v_ring.stage()],
+                                    shared.v + v_ring.stage() * kBlockN * kColumnsV, n, kv_head, tile.batch);
       v_ring.advance();
     };
     // What takes the place of the tile before, in the order in which that is done with.
@@ -241,17 +261,20 @@ CUTE_DEVICE void produce(Arguments const& args, Shared& shared) {
       load_k(keys.end - 1);
       load_v(keys.end - 1);
     }
-    CUTE_UNROLL
+    CUTE_NO_UNROLL  // a producer has few registers
     for (int w = 0; w < kConsumers; ++w) {
       Barrier::wait(&shared.q_empty[w], turn.slot() ^ 1);
       BytesBarrier::arrive_and_expect_tx(&shared.q_full[w], 64 * kColumnsQK * sizeof(Element));
-      load_rows<kColumnsQK, kChunkQK, 64>(args.q, &shared.q_full[w], shared.q + w * 64 * kChunkQK, kBlockM,
-                                          tile.m * kBlockM + w * 64, tile.head, tile.batch,
-                                          TMA::CacheHintSm90::EVICT_FIRST);
+      CUTE_UNROLL
+      for (int c = 0; c < kColumnsQK; c += kChunkQK) {
+        SM90_TMA_LOAD_4D::copy(&args.q, &shared.q_full[w], uint64_t(TMA::CacheHintSm90::EVICT_FIRST),
+                               shared.q + w * 64 * kChunkQK + c * kBlockM, c, tile.m * kBlockM + w * 64, tile.head,
+                               tile.batch);
+      }
     }
     int next = 0;
     if constexpr (kDynamic) next = draw(args, shared, turn);
-    CUTE_NO_UNROLL  // a producer has few registers
+    CUTE_NO_UNROLL
     for (int n = keys.end - 2; n >= keys.begin; --n) {
       load_k(n);
       load_v(n);
@@ -261,65 +284,15 @@ CUTE_DEVICE void produce(Arguments const& args, Shared& shared) {
   }
 }
 
-// Consumers ----------------------------------------------------------------------------------------
-
-CUTE_DEVICE float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+// Warpgroups take turns: `wait_turn` returns once the one before has issued its products.
+CUTE_DEVICE void wait_turn(int warpgroup) {
+  if constexpr (kPingpong) cutlass::arch::NamedBarrier::sync(256, uint32_t(1 + warpgroup));
 }
-
-// tanh by exp2, with an absolute error of 1e-7: tanh.approx is off by 5e-4, which a cap of 50 turns into
-// 2 % of a probability.
-CUTE_DEVICE float tanh_fast(float x) {
-  const float t = exp2_fast(2.0f * kLog2e * x);
-  return 1.0f - __fdividef(2.0f, t + 1.0f);
-}
-
-using TileQK = Shape<Int<kBlockM>, Int<kBlockN>, Int<kColumnsQK>>;
-using TilePV = Shape<Int<kBlockM>, Int<kColumnsV>, Int<kBlockN>>;
-// m64n112k16. CuTe has it too, in headers that take the compiler 20 s.
-struct AtomQK {
-  using DRegisters = void;
-  using ARegisters = uint64_t[1];
-  using BRegisters = uint64_t[1];
-  using CRegisters = float[56];
-
-  CUTE_DEVICE static void fma(uint64_t const& a, uint64_t const& b, float& c0, float& c1, float& c2, float& c3, float& c4, float& c5, float& c6, float& c7, float& c8, float& c9, float& c10, float& c11, float& c12, float& c13, float& c14, float& c15, float& c16, float& c17, float& c18, float& c19, float& c20, float& c21, float& c22, float& c23, float& c24, float& c25, float& c26, float& c27, float& c28, float& c29, float& c30, float& c31, float& c32, float& c33, float& c34, float& c35, float& c36, float& c37, float& c38, float& c39, float& c40, float& c41, float& c42, float& c43, float& c44, float& c45, float& c46, float& c47, float& c48, float& c49, float& c50, float& c51, float& c52, float& c53, float& c54, float& c55,
-                              GMMA::ScaleOut accumulate = GMMA::ScaleOut::One) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %58, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n112k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55}, "
-        "%56, %57, p, 1, 1, 0, 0;\n}\n"
-        : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3), "+f"(c4), "+f"(c5), "+f"(c6), "+f"(c7), "+f"(c8), "+f"(c9), "+f"(c10), "+f"(c11), "+f"(c12), "+f"(c13), "+f"(c14), "+f"(c15), "+f"(c16), "+f"(c17), "+f"(c18), "+f"(c19), "+f"(c20), "+f"(c21), "+f"(c22), "+f"(c23), "+f"(c24), "+f"(c25), "+f"(c26), "+f"(c27), "+f"(c28), "+f"(c29), "+f"(c30), "+f"(c31), "+f"(c32), "+f"(c33), "+f"(c34), "+f"(c35), "+f"(c36), "+f"(c37), "+f"(c38), "+f"(c39), "+f"(c40), "+f"(c41), "+f"(c42), "+f"(c43), "+f"(c44), "+f"(c45), "+f"(c46), "+f"(c47), "+f"(c48), "+f"(c49), "+f"(c50), "+f"(c51), "+f"(c52), "+f"(c53), "+f"(c54), "+f"(c55)
-        : "l"(a), "l"(b), "r"(int32_t(accumulate)));
+CUTE_DEVICE void end_turn(int warpgroup) {
+  if constexpr (kPingpong) {
+    cutlass::arch::NamedBarrier::arrive(256, uint32_t(1 + (warpgroup + 1 == kConsumers ? 0 : warpgroup + 1)));
   }
-};
-
-template <>
-struct cute::MMA_Traits<AtomQK> {
-  using ValTypeD = float;
-  using ValTypeA = Element;
-  using ValTypeB = Element;
-  using ValTypeC = float;
-  using FrgTypeA = GMMA::smem_desc<GMMA::Major::K>;
-  using FrgTypeB = GMMA::smem_desc<GMMA::Major::K>;
-  using Shape_MNK = Shape<_64, Int<kBlockN>, _16>;
-  using ThrID = Layout<_128>;
-  using ALayout = GMMA::ABLayout<64, 16>;
-  using BLayout = GMMA::ABLayout<kBlockN, 16>;
-  using CLayout = Layout<Shape<Shape<_4, _8, _4>, Shape<_2, _2, Int<kBlockN / 8>>>,
-                         Stride<Stride<_128, _1, _16>, Stride<_64, _8, _512>>>;
-  GMMA::ScaleOut accumulate_ = GMMA::ScaleOut::One;
-};
-
-using AtomPV = conditional_t<
-    kPInRegisters, decltype(GMMA::rs_op_selector<Element, Element, float, TilePV, GMMA::Major::K, GMMA::Major::MN>()),
-    decltype(GMMA::ss_op_selector<Element, Element, float, TilePV, GMMA::Major::K, GMMA::Major::MN>())>;
-using Warpgroups = Layout<Shape<Int<kConsumers>, _1, _1>>;
-using MmaQK = decltype(make_tiled_mma(AtomQK{}, Warpgroups{}));
-using MmaPV = decltype(make_tiled_mma(AtomPV{}, Warpgroups{}));
+}
 
 // Issues a product and does not wait for it.
 template <bool kZero, class Mma, class A, class B, class C>
@@ -335,6 +308,22 @@ CUTE_DEVICE void issue(Mma& mma, A const& a, B const& b, C& c) {
   warpgroup_commit_batch();
 }
 
+// Consumers ----------------------------------------------------------------------------------------
+
+
+CUTE_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// tanh by exp2, with an absolute error of 1e-7: tanh.approx is off by 5e-4, which a cap of 50 turns into
+// 2 % of a probability.
+CUTE_DEVICE float tanh_fast(float x) {
+  const float t = exp2_fast(2.0f * kLog2e * x);
+  return 1.0f - __fdividef(2.0f, t + 1.0f);
+}
+
 // An accumulator as (rows of this thread, columns of this thread).
 template <class Accumulator>
 CUTE_DEVICE auto by_rows(Accumulator& acc) {
@@ -343,60 +332,99 @@ CUTE_DEVICE auto by_rows(Accumulator& acc) {
                                              make_layout(get<0, 0>(l), get<0, 2>(l), get<2>(l))));
 }
 
-// The last lane to get here lets the producer (in a cluster: the producers) overwrite a stage.
-CUTE_DEVICE void release(uint64_t* empty) {
-  const int lane = threadIdx.x % 32;
-  if constexpr (kCluster == 1) {
-    if (lane == 0) Barrier::arrive(empty);
-  } else {
-    Barrier::arrive(empty, lane, lane < kCluster);
-  }
-}
-
-// Warpgroups take turns: `wait_turn` returns once the one before has issued its products.
-CUTE_DEVICE void wait_turn(int warpgroup) {
-  if constexpr (kPingpong) cutlass::arch::NamedBarrier::sync(256, uint32_t(1 + warpgroup));
-}
-CUTE_DEVICE void end_turn(int warpgroup) {
-  if constexpr (kPingpong) {
-    cutlass::arch::NamedBarrier::arrive(256, uint32_t(1 + (warpgroup + 1 == kConsumers ? 0 : warpgroup + 1)));
-  }
-}
-
-CUTE_DEVICE void sync_warpgroup(int warpgroup) { cutlass::arch::NamedBarrier::sync(128, uint32_t(5 + warpgroup)); }
-
 // Rows of this thread: 8 r + lane / 4 of its warp's 16.
 constexpr int kRows = 2;
 
 struct Softmax {
-  float largest[kRows], sum[kRows];
+  float largest[kRows];  // what scores are taken relative to: the largest so far, or up to kSlack less
+  float sum[kRows];      // of this thread's columns
 };
 
-// Scores become probabilities; returns in `rescale` what the sums so far, and so O, must be multiplied with.
-template <bool kFirst, bool kMasked, class Scores>
-CUTE_DEVICE void softmax_step(Scores&& scores, Softmax& state, float scale_log2, float (&rescale)[kRows]) {
-  constexpr int kColumns = decltype(size<1>(scores))::value;
+// The largest score of each row, and of what `largest` holds.
+template <class Scores>
+CUTE_DEVICE void find_largest(Scores const& scores, float (&largest)[kRows]) {
   CUTE_UNROLL
   for (int r = 0; r < kRows; ++r) {
-    float largest = kFirst ? -INFINITY : state.largest[r];
     CUTE_UNROLL
-    for (int j = 0; j < kColumns; ++j) largest = fmaxf(largest, scores(r, j));
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
+    for (int j = 0; j < size<1>(scores); ++j) largest[r] = fmaxf(largest[r], scores(r, j));
+    largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xffffffff, largest[r], 1));
+    largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xffffffff, largest[r], 2));
+  }
+}
+
+// Whether a score of this thread may be more than `slack` above its row's `largest`. As integers, which are
+// compared three at a time: right where the limit is not negative; else, it may. In four chains a row, for a warp
+// waits for each: in a profile on an H200 one chain took 7 cycles a comparison.
+template <class Scores>
+CUTE_DEVICE bool outgrown(Scores const& scores, float const (&largest)[kRows], float slack) {
+  constexpr int kColumns = decltype(size<1>(scores))::value, kChains = kColumns % 8 == 0 ? 4 : 2;
+  bool found = false;
+  CUTE_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    const int limit = __float_as_int(largest[r] + slack);
+    int top[kChains];
+    CUTE_UNROLL
+    for (int c = 0; c < kChains; ++c) top[c] = limit;
+    CUTE_UNROLL
+    for (int j = 0; j < kColumns; j += 2) {
+      int& chain = top[j / 2 % kChains];
+      chain = __vimax3_s32(chain, __float_as_int(scores(r, j)), __float_as_int(scores(r, j + 1)));
+    }
+    CUTE_UNROLL
+    for (int c = 1; c < kChains; ++c) top[0] = max(top[0], top[c]);
+    found = found || limit < 0 || top[0] > limit;
+  }
+  return found;
+}
+
+// Scores become probabilities; returns in `rescale` what the sums so far, and so O, must be multiplied with, and whether
+// that is other than 1 for any row of the warp.
+//
+// The largest score need not be known exactly, for a power of two more or less in P and the sums changes neither O
+// nor lse: it is looked for only where a row of the warp may have outgrown what P has room for. That rescales O once or
+// twice a tile of queries in place of once an iteration (FlashAttention-4, arXiv 2603.05451), and leaves
+// the maximum to integers.
+template <bool kFirst, bool kMasked, class Scores>
+CUTE_DEVICE bool softmax_step(Scores&& scores, Softmax& state, float scale_log2, float slack, float (&rescale)[kRows]) {
+  constexpr int kColumns = decltype(size<1>(scores))::value;
+  float largest[kRows];
+  CUTE_UNROLL
+  for (int r = 0; r < kRows; ++r) largest[r] = kFirst ? -INFINITY : state.largest[r];
+  bool moved = !kFirst;
+  if constexpr (kSlack > 0.0f && !kFirst) {
+    moved = __any_sync(0xffffffff, outgrown(scores, state.largest, slack));
+    if (moved) find_largest(scores, largest);
+  } else {
+    find_largest(scores, largest);
+  }
+  CUTE_UNROLL
+  for (int r = 0; r < kRows; ++r) {
     // A row that has seen no key yet has -inf, of which no difference can be taken.
-    const float base = (kMasked || kLocal) && largest == -INFINITY ? 0.0f : largest * scale_log2;
+    const float base = (kMasked || kLocal) && largest[r] == -INFINITY ? 0.0f : largest[r] * scale_log2;
     if constexpr (!kFirst) {
       rescale[r] = exp2_fast(state.largest[r] * scale_log2 - base);
-      state.sum[r] *= rescale[r];
+      if (kSlack == 0.0f || moved) state.sum[r] *= rescale[r];
     }
-    state.largest[r] = largest;
+    state.largest[r] = largest[r];
+    const float shift = base - kLog2PFactor;
     float sum = 0.0f;
     CUTE_UNROLL
     for (int j = 0; j < kColumns; ++j) {
-      scores(r, j) = exp2_fast(scores(r, j) * scale_log2 - base);
+      scores(r, j) = exp2_fast(scores(r, j) * scale_log2 - shift);
       sum += scores(r, j);
     }
     state.sum[r] = kFirst ? sum : state.sum[r] + sum;
+  }
+  return moved;
+}
+
+// O, or what there is of it, in terms of the new base.
+template <class Out>
+CUTE_DEVICE void rescale_rows(Out&& rows, float const (&rescale)[kRows]) {
+  CUTE_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    CUTE_UNROLL
+    for (int j = 0; j < size<1>(rows); ++j) rows(r, j) *= rescale[r];
   }
 }
 
@@ -415,6 +443,54 @@ CUTE_DEVICE void mask(Scores&& scores, Arguments const& args, int row, int colum
     }
   }
 }
+
+using TileQK = Shape<Int<kBlockM>, Int<kBlockN>, Int<kColumnsQK>>;
+using TilePV = Shape<Int<kBlockM>, Int<kColumnsV>, Int<kBlockN>>;
+// m64n112k16, the first operand in shared memory.
+struct AtomQK {
+  using DRegisters = void;
+  using ARegisters = uint64_t[1];
+  using BRegisters = uint64_t[1];
+  using CRegisters = float[56];
+
+  CUTE_DEVICE static void fma(uint64_t const& a0, uint64_t const& b, float& c0, float& c1, float& c2, float& c3, float& c4, float& c5, float& c6, float& c7, float& c8, float& c9, float& c10, float& c11, float& c12, float& c13, float& c14, float& c15, float& c16, float& c17, float& c18, float& c19, float& c20, float& c21, float& c22, float& c23, float& c24, float& c25, float& c26, float& c27, float& c28, float& c29, float& c30, float& c31, float& c32, float& c33, float& c34, float& c35, float& c36, float& c37, float& c38, float& c39, float& c40, float& c41, float& c42, float& c43, float& c44, float& c45, float& c46, float& c47, float& c48, float& c49, float& c50, float& c51, float& c52, float& c53, float& c54, float& c55,
+                              GMMA::ScaleOut accumulate = GMMA::ScaleOut::One) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %58, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n112k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55}, "
+        "%56, "
+        "%57, p, 1, 1, 0, 0;\n}\n"
+        : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3), "+f"(c4), "+f"(c5), "+f"(c6), "+f"(c7), "+f"(c8), "+f"(c9), "+f"(c10), "+f"(c11), "+f"(c12), "+f"(c13), "+f"(c14), "+f"(c15), "+f"(c16), "+f"(c17), "+f"(c18), "+f"(c19), "+f"(c20), "+f"(c21), "+f"(c22), "+f"(c23), "+f"(c24), "+f"(c25), "+f"(c26), "+f"(c27), "+f"(c28), "+f"(c29), "+f"(c30), "+f"(c31), "+f"(c32), "+f"(c33), "+f"(c34), "+f"(c35), "+f"(c36), "+f"(c37), "+f"(c38), "+f"(c39), "+f"(c40), "+f"(c41), "+f"(c42), "+f"(c43), "+f"(c44), "+f"(c45), "+f"(c46), "+f"(c47), "+f"(c48), "+f"(c49), "+f"(c50), "+f"(c51), "+f"(c52), "+f"(c53), "+f"(c54), "+f"(c55)
+        : "l"(a0), "l"(b), "r"(int32_t(accumulate)));
+  }
+};
+
+template <>
+struct cute::MMA_Traits<AtomQK> {
+  using ValTypeD = float;
+  using ValTypeA = bfloat16_t;
+  using ValTypeB = bfloat16_t;
+  using ValTypeC = float;
+  using FrgTypeA = GMMA::smem_desc<GMMA::Major::K>;
+  using FrgTypeB = GMMA::smem_desc<GMMA::Major::K>;
+  using Shape_MNK = Shape<_64, Int<112>, _16>;
+  using ThrID = Layout<_128>;
+  using ALayout = GMMA::ABLayout<64, 16>;
+  using BLayout = GMMA::ABLayout<112, 16>;
+  using CLayout = GMMA::CLayout_64xN<112>;
+  GMMA::ScaleOut accumulate_ = GMMA::ScaleOut::One;
+};
+
+
+using AtomPV = conditional_t<
+    kPInRegisters, decltype(GMMA::rs_op_selector<Element, Element, float, TilePV, GMMA::Major::K, GMMA::Major::MN>()),
+    decltype(GMMA::ss_op_selector<Element, Element, float, TilePV, GMMA::Major::K, GMMA::Major::MN>())>;
+using Warpgroups = Layout<Shape<Int<kConsumers>, _1, _1>>;
+using MmaQK = decltype(make_tiled_mma(AtomQK{}, Warpgroups{}));
+using MmaPV = decltype(make_tiled_mma(AtomPV{}, Warpgroups{}));
+
+CUTE_DEVICE void sync_warpgroup(int warpgroup) { cutlass::arch::NamedBarrier::sync(128, uint32_t(5 + warpgroup)); }
 
 CUTE_DEVICE void consume(Arguments const& args, Shared& shared, int warpgroup) {
   const int thread = threadIdx.x % 128, lane = threadIdx.x % 32, warp = thread / 32;
@@ -441,9 +517,10 @@ CUTE_DEVICE void consume(Arguments const& args, Shared& shared, int warpgroup) {
   Tensor p_target = store_p.get_slice(warpgroup * 128 + thread).partition_D(p_shared);
 
   const float scale_log2 = (kSoftcap ? args.softcap : args.softmax_scale) * kLog2e;
-  const float into_cap = kSoftcap ? args.softmax_scale / args.softcap : 0.0f;
+  const float into_cap = kSoftcap ? args.softmax_scale / args.softcap : 0.0f, slack = kSlack / scale_log2;
 
-  Ring k_ring, v_ring;
+  Ring<kStages> k_ring, v_ring;
+  bool k_known = false, v_known = false;  // to be full
   if (kPingpong && warpgroup + 1 == kConsumers) end_turn(warpgroup);  // the first may begin
 
   Turn turn;
@@ -492,72 +569,77 @@ CUTE_DEVICE void consume(Arguments const& args, Shared& shared, int warpgroup) {
         }
       };
       const auto issue_qk = [&](auto& scores) {
-        Barrier::wait(&shared.k_full[k_ring.stage], k_ring.parity);
+        wait_full(shared.k_full, k_ring, k_known);
         wait_turn(warpgroup);
-        issue<true>(mma_qk, q_operand, k_operand(_, _, _, k_ring.stage), scores);
+        issue<true>(mma_qk, q_operand, k_operand(_, _, _, k_ring.stage()), scores);
       };
       const auto issue_pv = [&] {
-        Barrier::wait(&shared.v_full[v_ring.stage], v_ring.parity);
+        wait_full(shared.v_full, v_ring, v_known);
         if constexpr (kPInRegisters) {
-          issue<false>(mma_pv, p, v_operand(_, _, _, v_ring.stage), out);
+          issue<false>(mma_pv, p, v_operand(_, _, _, v_ring.stage()), out);
         } else {
-          issue<false>(mma_pv, p_operand, v_operand(_, _, _, v_ring.stage), out);
+          issue<false>(mma_pv, p_operand, v_operand(_, _, _, v_ring.stage()), out);
         }
       };
-      const auto release_k = [&] { release(&shared.k_empty[k_ring.stage]); k_ring.advance(); };
-      const auto release_v = [&] { release(&shared.v_empty[v_ring.stage]); v_ring.advance(); };
-      const auto rescale_out = [&] {
-        auto rows = by_rows(out);
-        CUTE_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          CUTE_UNROLL
-          for (int j = 0; j < size<1>(rows); ++j) rows(r, j) *= rescale[r];
-        }
+      const auto release_k = [&] {
+        release(&shared.k_empty[k_ring.stage()]);
+        k_ring.advance();
+        k_known = is_full(shared.k_full, k_ring);
+      };
+      const auto release_v = [&] { release(&shared.v_empty[v_ring.stage()]); v_ring.advance(); };
+      const auto rescale_out = [&](bool moved) {
+        if (moved) rescale_rows(by_rows(out), rescale);
       };
 
       int n = keys.end - 1;
+      v_known = false;
       {
         Tensor scores = partition_fragment_C(mma_qk, Shape<Int<kBlockM>, Int<kBlockN>>{});
         issue_qk(scores);
-        end_turn(warpgroup);
+        if constexpr (!kTurnEndsDone) end_turn(warpgroup);
         warpgroup_wait<0>();
+        if constexpr (kTurnEndsDone) end_turn(warpgroup);
         warpgroup_fence_operand(scores);
         release_k();
         finish_scores(scores, n, true_type{});
-        softmax_step<true, true>(by_rows(scores), state, scale_log2, rescale);
+        softmax_step<true, true>(by_rows(scores), state, scale_log2, slack, rescale);
         take_p(scores);
       }
       const auto step = [&](int n, auto masked) {
         Tensor scores = partition_fragment_C(mma_qk, Shape<Int<kBlockM>, Int<kBlockN>>{});
+        const auto finish_pv = [&] {
+          warpgroup_wait<0>();
+          warpgroup_fence_operand(out);
+          release_v();
+        };
         if constexpr (kOverlap) {
           issue_qk(scores);
           issue_pv();
-          end_turn(warpgroup);
+          if constexpr (!kTurnEndsDone) end_turn(warpgroup);
           warpgroup_wait<1>();
-          warpgroup_fence_operand(scores);
-          release_k();
-          finish_scores(scores, n, masked);
-          softmax_step<false, decltype(masked)::value>(by_rows(scores), state, scale_log2, rescale);
-          warpgroup_wait<0>();
-          warpgroup_fence_operand(out);
-          release_v();
-          take_p(scores);
-          rescale_out();
         } else {
           issue_pv();
-          warpgroup_wait<0>();
-          warpgroup_fence_operand(out);
-          release_v();
+          finish_pv();
           issue_qk(scores);
           end_turn(warpgroup);
           warpgroup_wait<0>();
-          warpgroup_fence_operand(scores);
-          release_k();
-          finish_scores(scores, n, masked);
-          softmax_step<false, decltype(masked)::value>(by_rows(scores), state, scale_log2, rescale);
-          take_p(scores);
-          rescale_out();
         }
+        warpgroup_fence_operand(scores);
+        release_k();
+        if constexpr (kOverlap) {
+          auto next = v_ring;
+          next.advance();
+          v_known = is_full(shared.v_full, next);
+        }
+        finish_scores(scores, n, masked);
+        if constexpr (kTurnEndsDone) {
+          finish_pv();
+          end_turn(warpgroup);
+        }
+        const bool moved = softmax_step<false, decltype(masked)::value>(by_rows(scores), state, scale_log2, slack, rescale);
+        if constexpr (kOverlap && !kTurnEndsDone) finish_pv();
+        take_p(scores);
+        rescale_out(moved);
       };
       --n;
       if constexpr (kCausal || kLocal) {
@@ -575,6 +657,7 @@ CUTE_DEVICE void consume(Arguments const& args, Shared& shared, int warpgroup) {
     } else if constexpr (!kOReplacesQ) {
       release_q();
     }
+
 
     // Rows that saw nothing: sum 0, out 0, lse -inf.
     auto rows = by_rows(out);
@@ -623,6 +706,7 @@ CUTE_DEVICE void consume(Arguments const& args, Shared& shared, int warpgroup) {
     if constexpr (!kPersistent) break;
     if constexpr (kOReplacesQ) sync_warpgroup(warpgroup);
     turn.advance(kDynamic ? drawn(shared, turn) : turn.index + gridDim.x);
+
   }
   if (thread == 0) tma_store_wait<0>();
 }
@@ -774,6 +858,7 @@ static int multiprocessors(cudaError_t& error) {
     if (error == cudaSuccess) {
       error = cudaFuncSetAttribute(fwd_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     }
+
     if (error != cudaSuccess) return 0;
     counts[device] = count;
   }
@@ -786,6 +871,7 @@ static int start(Arguments& args, int sms, int batch, int num_kv_heads, cudaStre
   args.tiles_m = (args.seqlen_q + kBlockM * kCluster - 1) / (kBlockM * kCluster) * kCluster;
   args.num_head_batches = args.num_heads * batch;
   args.tiles = args.tiles_m * args.num_head_batches;
+
   constexpr int64_t kL2Share = 32 << 20;  // of 50 MB on Hopper: the rest is for Q, O and what is in flight
   const int64_t bytes_per_head = int64_t(args.seqlen_k) * (kHeadDim + kHeadDimV) * kElementBytes;
   const int64_t kv_heads = bytes_per_head == 0 ? num_kv_heads : kL2Share / bytes_per_head;
@@ -811,7 +897,7 @@ static int start(Arguments& args, int sms, int batch, int num_kv_heads, cudaStre
   return int(cudaLaunchKernelEx(&config, fwd_kernel, args));
 }
 
-extern "C" int launch(const void* q, const void* k, const void* v, void* out, float* lse, int32_t batch, int32_t seqlen_q, int32_t seqlen_k, int32_t num_heads, int32_t num_kv_heads, int32_t window_left, int32_t window_right, int64_t q_stride_batch, int64_t q_stride_seq, int64_t q_stride_head, int64_t k_stride_batch, int64_t k_stride_seq, int64_t k_stride_head, int64_t v_stride_batch, int64_t v_stride_seq, int64_t v_stride_head, int64_t out_stride_batch, int64_t out_stride_seq, int64_t out_stride_head, float softcap, float softmax_scale, void* stream) {
+extern "C" int launch(const void* q, const void* k, const void* v, void* out, float* lse, void* workspace, int32_t batch, int32_t seqlen_q, int32_t seqlen_k, int32_t num_heads, int32_t num_kv_heads, int32_t window_left, int32_t window_right, int64_t q_stride_batch, int64_t q_stride_seq, int64_t q_stride_head, int64_t k_stride_batch, int64_t k_stride_seq, int64_t k_stride_head, int64_t v_stride_batch, int64_t v_stride_seq, int64_t v_stride_head, int64_t out_stride_batch, int64_t out_stride_seq, int64_t out_stride_head, float softcap, float softmax_scale, void* stream) {
 
   cudaError_t error = cudaSuccess;
   const int sms = multiprocessors(error);

@@ -14,7 +14,7 @@ L2_KEYS = tl.constexpr(64000)  # rows of K and V in 5/8 of the L2 cache
 
 
 @triton.jit
-def attend(tile, q, k, v, out, lse, batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, window_left, window_right, q_stride_batch, q_stride_seq, q_stride_head, k_stride_batch, k_stride_seq, k_stride_head, v_stride_batch, v_stride_seq, v_stride_head, out_stride_batch, out_stride_seq, out_stride_head, softcap, softmax_scale):
+def attend(tile, q, k, v, out, lse, workspace, batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, window_left, window_right, q_stride_batch, q_stride_seq, q_stride_head, k_stride_batch, k_stride_seq, k_stride_head, v_stride_batch, v_stride_seq, v_stride_head, out_stride_batch, out_stride_seq, out_stride_head, softcap, softmax_scale):
     # Which rows, of which head ------------------------------------------------------------------
     tiles_m = tl.cdiv(seqlen_q * PACK, BLOCK_M)
     heads = num_heads // PACK
@@ -115,8 +115,8 @@ def attend(tile, q, k, v, out, lse, batch, seqlen_q, seqlen_k, num_heads, num_kv
 
 
 @triton.jit
-def kernel(q, k, v, out, lse, batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, window_left, window_right, q_stride_batch, q_stride_seq, q_stride_head, k_stride_batch, k_stride_seq, k_stride_head, v_stride_batch, v_stride_seq, v_stride_head, out_stride_batch, out_stride_seq, out_stride_head, softcap, softmax_scale):
-    attend(tl.program_id(0), q, k, v, out, lse, batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, window_left, window_right, q_stride_batch, q_stride_seq, q_stride_head, k_stride_batch, k_stride_seq, k_stride_head, v_stride_batch, v_stride_seq, v_stride_head, out_stride_batch, out_stride_seq, out_stride_head, softcap, softmax_scale)
+def kernel(q, k, v, out, lse, workspace, batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, window_left, window_right, q_stride_batch, q_stride_seq, q_stride_head, k_stride_batch, k_stride_seq, k_stride_head, v_stride_batch, v_stride_seq, v_stride_head, out_stride_batch, out_stride_seq, out_stride_head, softcap, softmax_scale):
+    attend(tl.program_id(0), q, k, v, out, lse, workspace, batch, seqlen_q, seqlen_k, num_heads, num_kv_heads, window_left, window_right, q_stride_batch, q_stride_seq, q_stride_head, k_stride_batch, k_stride_seq, k_stride_head, v_stride_batch, v_stride_seq, v_stride_head, out_stride_batch, out_stride_seq, out_stride_head, softcap, softmax_scale)
 
 
 def grid(batch, seqlen_q, seqlen_k, num_heads, num_kv_heads):
