@@ -12,17 +12,14 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import re
-import subprocess
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from support.sass import opcodes
 
 from autoflash import build, settings
 from autoflash.build import nvcc
@@ -187,22 +184,6 @@ def compile_all(template: Template, cases: Sequence[Case]) -> dict[Case, build.A
         return dict(zip(cases, pool.map(compile_one, cases), strict=True))
 
 
-def opcodes(artifact: build.Artifact) -> Counter[str]:
-    """Opcode -> how often the machine code has it: "HGMMA", "LDL", ..."""
-    spec = find_spec("triton")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("cuobjdump comes with triton, which is not installed")
-    tool = Path(spec.submodule_search_locations[0]) / "backends/nvidia/bin/cuobjdump"
-    done = subprocess.run(
-        [tool, "--dump-sass", artifact.directory / "kernel.so"],
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
-    # "/*0a10*/   @!P0 LDGSTS.E.BYPASS.128 [R3], ..."
-    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", done.stdout)
-    assert found, done.stderr
-    return Counter(found)
-
-
 def matrix_and_copy(template: Template, problem: Problem) -> tuple[set[str], set[str]]:
     """Of each set a kernel must have an instruction: products, and copies that run on their own."""
     if "sm90" in template.name:
@@ -230,7 +211,7 @@ def test_every_branch_compiles(name: str) -> None:
         warnings = [text for text in facts["warnings"] if "spilled" not in text]
         if warnings:
             wrong.append(f"{case}: {warnings[0]}")
-        found = opcodes(made)
+        found = opcodes(made.directory / "kernel.so")
         wrong += [
             f"{case}: none of {', '.join(sorted(wanted))} in its code"
             for wanted in matrix_and_copy(template, case.problem)
@@ -247,7 +228,7 @@ def test_defaults_keep_to_their_registers(name: str) -> None:
         if isinstance(made, str):
             wrong.append(f"{case}: {made}")
             continue
-        used, found = made.resources, opcodes(made)
+        used, found = made.resources, opcodes(made.directory / "kernel.so")
         local = found["LDL"] + found["STL"]
         if local or used.spill_bytes or used.stack_bytes:
             wrong.append(

@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import subprocess
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from support.sass import opcodes
 
 from autoflash import build
 from autoflash.codegen.catalog import installed
@@ -68,21 +64,6 @@ def changed(problem: Problem, values: dict[str, Value]) -> Config:
     return Config.of(TEMPLATE.name, default | values)
 
 
-def opcodes(artifact: build.Artifact) -> Counter[str]:
-    """Opcode -> how often the machine code has it, by Triton's own disassembler."""
-    spec = find_spec("triton")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    tool = Path(spec.submodule_search_locations[0]) / "backends/nvidia/bin/cuobjdump"
-    done = subprocess.run(
-        [tool, "--dump-sass", artifact.directory / "kernel.cubin"],
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
-    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", done.stdout)
-    assert found, done.stderr
-    return Counter(found)
-
-
 def test_the_cases_have_every_choice():
     chosen = [changed(Problem.parse(name), values) for name, values in CASES]
     for tunable, choices in TEMPLATE.tunables.items():
@@ -100,14 +81,17 @@ def test_every_branch_compiles():
         assert used.spill_bytes <= 288, what  # three consumers, pairs, Triton 3.9: 272
         facts = json.loads((artifact.directory / "meta.json").read_text(encoding="utf-8"))
         assert facts["warnings"] == [], what
-        found = opcodes(artifact)
+        found = opcodes(artifact.directory / "kernel.cubin")
         assert {"HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG"} <= set(found), what
 
 
 def test_defaults_keep_to_their_registers():
     defaults = made([(f"b1s4096h16{name}", {}) for name in CLEAN])
     for (problem, config, artifact), most in zip(defaults, CLEAN.values(), strict=True):
-        spilled, found = artifact.resources.spill_bytes, opcodes(artifact)
+        spilled, found = (
+            artifact.resources.spill_bytes,
+            opcodes(artifact.directory / "kernel.cubin"),
+        )
         assert spilled <= most, f"{problem.name} {config}"
         assert spilled or not found["LDL"] + found["STL"], f"{problem.name} {config}"
 

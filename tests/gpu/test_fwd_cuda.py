@@ -13,6 +13,7 @@ import os
 import random
 
 import pytest
+from support.problems import drawn, tensors
 
 from autoflash import build, device
 from autoflash.codegen.catalog import installed
@@ -27,26 +28,6 @@ TEMPLATES = [
     for name, template in installed().templates.items()
     if template.language == "cuda" and template.op == "fwd"
 ]
-
-
-def drawn(seed: int, count: int) -> list[str]:
-    """Random problems: every trait may meet every other."""
-    some = random.Random(seed)
-    names = []
-    for _ in range(count):
-        seqlen_q, seqlen_k = some.randint(1, 1500), some.randint(1, 1500)
-        kv_heads, group = some.choice([1, 2, 3]), some.choice([1, 1, 2, 5])
-        dim = some.choice([32, 64, 64, 96, 128, 128, 192, 256])
-        dim_v = some.choice([dim, dim, 64, 128])
-        mask = some.choice(["c", "f", f"cw{some.randint(0, 900)}",
-                            f"fw{some.randint(0, 900)}x{some.randint(1, 900)}"])  # fmt: skip
-        cap = some.choice(["", "", "cap30"])
-        dtype = some.choice(["bfloat16", "float16"])
-        names.append(
-            f"b{some.randint(1, 3)}s{seqlen_q}x{seqlen_k}h{kv_heads * group}/{kv_heads}"
-            f"d{dim}x{dim_v}{mask}{cap}-{dtype}"
-        )
-    return names
 
 
 RIGHT = [
@@ -68,7 +49,7 @@ RIGHT = [
     "b2s300x333h2d128ccap50", "b2s300x333h2d64fcap5-float16", "b1s500h4/1d256cw127cap30",
     # Nothing is a multiple of 16 bytes.
     "b2s200x333h4/2d64c-bfloat16-unaligned", "b1s200x333h2d72fw99x9cap20-float16-unaligned",
-    *drawn(1, 16),
+    *drawn(1, 16, [32, 64, 64, 96, 128, 128, 192, 256]),
 ]  # fmt: skip
 SPACE = [
     "b2s513x700h4/2d128c", "b2s513h4/2d64f-float16", "b1s513x300h2d256c", "b1s300h2d96c-float16",
@@ -146,18 +127,6 @@ def _compiled(request):
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_it, wanted))
-
-
-def tensors(problem: Problem, *, nan: bool = False):
-    import torch
-
-    p, kind = problem, {"device": "cuda", "dtype": getattr(torch, problem.dtype)}
-    q = torch.randn(p.batch, p.seqlen_q, p.num_heads, p.head_dim, **kind)
-    k = torch.randn(p.batch, p.seqlen_k, p.num_kv_heads, p.head_dim, **kind)
-    v = torch.randn(p.batch, p.seqlen_k, p.num_kv_heads, p.head_dim_v, **kind)
-    out = torch.full((p.batch, p.seqlen_q, p.num_heads, p.head_dim_v), math.nan, **kind)
-    lse = torch.full((p.batch, p.num_heads, p.seqlen_q), math.nan, device="cuda")
-    return q, k, v, out, lse
 
 
 @pytest.mark.parametrize("name", RIGHT)

@@ -10,9 +10,9 @@ import concurrent.futures
 import dataclasses
 import math
 import os
-import random
 
 import pytest
+from support.problems import drawn, tensors
 
 from autoflash import build, device
 from autoflash.codegen.catalog import installed
@@ -23,26 +23,6 @@ from autoflash.tuning import reference
 pytestmark = pytest.mark.gpu
 
 TEMPLATE = installed().get("gluon/fwd_sm90")
-
-
-def drawn(seed: int, count: int) -> list[str]:
-    """Random problems: every trait may meet every other."""
-    some = random.Random(seed)
-    names = []
-    for _ in range(count):
-        seqlen_q, seqlen_k = some.randint(1, 1500), some.randint(1, 1500)
-        kv_heads, group = some.choice([1, 2, 3]), some.choice([1, 1, 2, 5])
-        dim = some.choice([40, 64, 64, 96, 128, 128, 192, 256])
-        dim_v = some.choice([dim, dim, 64, 128])
-        mask = some.choice(["c", "f", f"cw{some.randint(0, 900)}",
-                            f"fw{some.randint(0, 900)}x{some.randint(1, 900)}"])  # fmt: skip
-        cap = some.choice(["", "", "cap30"])
-        dtype = some.choice(["bfloat16", "float16"])
-        names.append(
-            f"b{some.randint(1, 3)}s{seqlen_q}x{seqlen_k}h{kv_heads * group}/{kv_heads}"
-            f"d{dim}x{dim_v}{mask}{cap}-{dtype}"
-        )
-    return names
 
 
 RIGHT = [
@@ -63,7 +43,7 @@ RIGHT = [
     "b1s900h2d128fw40xinf", "b1s2000h2d256cw1023",
     # Softcap.
     "b2s300x333h2d128ccap50", "b2s300x333h2d64fcap5-float16", "b1s500h4/1d256cw127cap30",
-    *drawn(3, 16),
+    *drawn(3, 16, [40, 64, 64, 96, 128, 128, 192, 256]),
 ]  # fmt: skip
 
 LONE: dict[str, Value] = {"num_consumer_warpgroups": 1, "pingpong": False, "block_n": 64}
@@ -135,18 +115,6 @@ def _compiled() -> None:
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for done in [pool.submit(compile_it, one) for one in wanted]:
             done.exception()  # the test that needs it says so
-
-
-def tensors(problem: Problem):
-    import torch
-
-    p, kind = problem, {"device": "cuda", "dtype": getattr(torch, problem.dtype)}
-    q = torch.randn(p.batch, p.seqlen_q, p.num_heads, p.head_dim, **kind)
-    k = torch.randn(p.batch, p.seqlen_k, p.num_kv_heads, p.head_dim, **kind)
-    v = torch.randn(p.batch, p.seqlen_k, p.num_kv_heads, p.head_dim_v, **kind)
-    out = torch.full((p.batch, p.seqlen_q, p.num_heads, p.head_dim_v), math.nan, **kind)
-    lse = torch.full((p.batch, p.num_heads, p.seqlen_q), math.nan, device="cuda")
-    return q, k, v, out, lse
 
 
 @pytest.mark.parametrize("name", RIGHT)
