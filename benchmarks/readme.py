@@ -7,7 +7,7 @@ What is rewritten stands between two comments, of which the first says what is w
     <!-- report: benchmarks/nvidia-h200/fwd.json -->      table, standings, conditions
     <!-- standings: benchmarks/nvidia-h200/fwd.json -->   only how autoflash stands
     <!-- chart: benchmarks/nvidia-h200/fwd.json -->       the picture beside it, fwd.png, drawn anew
-    <!-- tunables: benchmarks/nvidia-h200/cuda-trials.csv cuda/fwd_sm90 -->
+    <!-- tunables: benchmarks/nvidia-h200/hopper-trials.csv cuda/fwd_sm90 -->
     <!-- end -->
 
 A new report is shown by writing two such lines. Paths are those of the repository.

@@ -1,11 +1,12 @@
 """What did each tunable buy? Computed from trials, as a table per tunable in Markdown.
 
-python benchmarks/tunables.py benchmarks/nvidia-h200/cuda-trials.csv [TEMPLATE]
+python benchmarks/tunables.py benchmarks/nvidia-h200/hopper-trials.csv [TEMPLATE]
 
 A cell compares the best config with a value to the best one without it: 1.08 is a value that the
 best config has and without which it would be 8 % slower; 0.93 one that costs 7 % where it must be
 used. Cells are geometric means over problems of one head_dim and mask in which there were both;
-trials are those of a search, so what was tried with a value is seldom all that could be.
+trials are those of a search, so what was tried with a value is seldom all that could be. Of the
+TEMPLATE "*" the templates themselves are compared, each by its best config.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ TIMED = ("ok", "slow")
 """Outcomes with a time; a slow one was dropped after a few calls, far behind the best."""
 FIXED = ("problem", "template", "outcome", "latency_us")
 """Columns that are no tunables."""
+ANY = "*"
+"""In place of a template: all of them, as values of a tunable of that name."""
 
 Cell = tuple[int, str]
 """head_dim and mask."""
@@ -54,7 +57,7 @@ def main() -> int:
 
 
 def read(path: Path, template: str | None = None) -> list[Trial]:
-    """The timed trials of a template.
+    """The timed trials of a template; of ANY, trials that say nothing but their template.
 
     Raises:
         InvalidInput: the file cannot be read, or has trials of several templates and none is named.
@@ -64,7 +67,7 @@ def read(path: Path, template: str | None = None) -> list[Trial]:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         names = {row.get("template", "") for row in rows}
-        if template is not None and template not in names:
+        if template not in (None, ANY, *names):
             raise UnknownName.of("template", template, sorted(names))
         if template is None and len(names) > 1:
             raise InvalidInput(
@@ -74,10 +77,12 @@ def read(path: Path, template: str | None = None) -> list[Trial]:
             Trial(
                 row["problem"],
                 float(row["latency_us"]),
-                {name: text for name, text in row.items() if name not in FIXED and text},
+                {"template": row["template"]}
+                if template == ANY
+                else {name: text for name, text in row.items() if name not in FIXED and text},
             )
             for row in rows
-            if row["outcome"] in TIMED and template in (None, row.get("template"))
+            if row["outcome"] in TIMED and template in (None, ANY, row.get("template"))
         ]
     except AutoflashError:
         raise

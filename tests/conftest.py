@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 # Before anything reads the settings: tests must neither use nor fill the user's cache. One shared
-# directory for the whole run, so that a kernel is compiled once however many tests use it.
+# directory for the whole run, so that a kernel is compiled once however many tests use it; or one
+# that is kept, AUTOFLASH_TEST_CACHE: those of the GPU tests take a core an hour.
 _CACHE = tempfile.TemporaryDirectory(prefix="autoflash-tests-")
-os.environ["AUTOFLASH_CACHE_DIR"] = _CACHE.name
+os.environ["AUTOFLASH_CACHE_DIR"] = os.environ.get("AUTOFLASH_TEST_CACHE") or _CACHE.name
 for _name in ("AUTOFLASH_DATABASE", "AUTOFLASH_TEMPLATES"):
     os.environ.pop(_name, None)
 # Nor should what they expect depend on which devices were tuned for.

@@ -37,7 +37,7 @@ CASES: list[tuple[str, dict[str, Value]]] = [
     ("b1s4096h16/4d128c", {"pack_gqa": True, "schedule": "tiles"}),
     ("b1s4096h16d128c", {"producer_registers": 40}),
     ("b1s16x4096h16/4d128c-float16", {}),
-    ("b1s4096h16d192x128c", {"overlap": False}),
+    ("b1s4096h16d192x128c", {"overlap": False, "late_wait": False}),
     ("b1s4096h16d40x256f", {}),
 ]
 CLEAN = {"d64c": 0, "d96c": 80, "d128c": 40, "d128f": 0, "d192c": 60, "d256f": 24}

@@ -259,6 +259,13 @@ def test_a_tunable_is_judged_by_the_best_with_and_without(trials: Path) -> None:
     assert tunables.tables(tunables.read(trials, "cuda/b")) == ""
 
 
+def test_templates_are_compared_by_their_best(trials: Path) -> None:
+    tunables = script("tunables")
+    assert tunables.tables(tunables.read(trials, tunables.ANY)) == (
+        "| template | 64 full |\n|---|---:|\n| cuda/a | 0.01 |\n| cuda/b | 90.00 |"
+    )
+
+
 def test_trials_that_cannot_be_read_are_refused(trials: Path, tmp_path: Path) -> None:
     tunables = script("tunables")
     with pytest.raises(InvalidInput, match="name one of them"):

@@ -33,6 +33,93 @@ R = gl.constexpr(gl.SliceLayout(1, O0.value))  # a value per row
 
 
 @gluon.jit
+def rescaled0(acc, shrink):
+    # acc * shrink, past which a warp jumps where that changes nothing. Of four elements of a thread, two are of one row
+    # and two of another; it has no more.
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .pred p;
+        setp.neu.f32 p, $128, 0f3F800000;
+        setp.neu.or.f32 p, $130, 0f3F800000, p;
+        vote.sync.any.pred p, p, 0xffffffff;
+        @!p bra.uni SAME;
+        mul.rn.f32 $0, $0, $128;
+        mul.rn.f32 $1, $1, $129;
+        mul.rn.f32 $2, $2, $130;
+        mul.rn.f32 $3, $3, $131;
+        mul.rn.f32 $4, $4, $132;
+        mul.rn.f32 $5, $5, $133;
+        mul.rn.f32 $6, $6, $134;
+        mul.rn.f32 $7, $7, $135;
+        mul.rn.f32 $8, $8, $136;
+        mul.rn.f32 $9, $9, $137;
+        mul.rn.f32 $10, $10, $138;
+        mul.rn.f32 $11, $11, $139;
+        mul.rn.f32 $12, $12, $140;
+        mul.rn.f32 $13, $13, $141;
+        mul.rn.f32 $14, $14, $142;
+        mul.rn.f32 $15, $15, $143;
+        mul.rn.f32 $16, $16, $144;
+        mul.rn.f32 $17, $17, $145;
+        mul.rn.f32 $18, $18, $146;
+        mul.rn.f32 $19, $19, $147;
+        mul.rn.f32 $20, $20, $148;
+        mul.rn.f32 $21, $21, $149;
+        mul.rn.f32 $22, $22, $150;
+        mul.rn.f32 $23, $23, $151;
+        mul.rn.f32 $24, $24, $152;
+        mul.rn.f32 $25, $25, $153;
+        mul.rn.f32 $26, $26, $154;
+        mul.rn.f32 $27, $27, $155;
+        mul.rn.f32 $28, $28, $156;
+        mul.rn.f32 $29, $29, $157;
+        mul.rn.f32 $30, $30, $158;
+        mul.rn.f32 $31, $31, $159;
+        mul.rn.f32 $32, $32, $160;
+        mul.rn.f32 $33, $33, $161;
+        mul.rn.f32 $34, $34, $162;
+        mul.rn.f32 $35, $35, $163;
+        mul.rn.f32 $36, $36, $164;
+        mul.rn.f32 $37, $37, $165;
+        mul.rn.f32 $38, $38, $166;
+        mul.rn.f32 $39, $39, $167;
+        mul.rn.f32 $40, $40, $168;
+        mul.rn.f32 $41, $41, $169;
+        mul.rn.f32 $42, $42, $170;
+        mul.rn.f32 $43, $43, $171;
+        mul.rn.f32 $44, $44, $172;
+        mul.rn.f32 $45, $45, $173;
+        mul.rn.f32 $46, $46, $174;
+        mul.rn.f32 $47, $47, $175;
+        mul.rn.f32 $48, $48, $176;
+        mul.rn.f32 $49, $49, $177;
+        mul.rn.f32 $50, $50, $178;
+        mul.rn.f32 $51, $51, $179;
+        mul.rn.f32 $52, $52, $180;
+        mul.rn.f32 $53, $53, $181;
+        mul.rn.f32 $54, $54, $182;
+        mul.rn.f32 $55, $55, $183;
+        mul.rn.f32 $56, $56, $184;
+        mul.rn.f32 $57, $57, $185;
+        mul.rn.f32 $58, $58, $186;
+        mul.rn.f32 $59, $59, $187;
+        mul.rn.f32 $60, $60, $188;
+        mul.rn.f32 $61, $61, $189;
+        mul.rn.f32 $62, $62, $190;
+        mul.rn.f32 $63, $63, $191;
+        SAME:
+        }
+        """,
+        "=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,=f,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31,32,33,34,35,36,37,38,39,40,41,42,43,44,45,46,47,48,49,50,51,52,53,54,55,56,57,58,59,60,61,62,63,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f",
+        [acc, shrink],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=64,
+    )
+
+
+@gluon.jit
 def num_turns(batch, seqlen_q, packs):
     # How many tiles this program works on.
     units = gl.cdiv(gl.cdiv(seqlen_q, TILE_ROWS), 2) * batch * packs
@@ -156,16 +243,18 @@ def consume(
                 visible = key[None, :] <= last_key[:, None]
                 s = gl.where(visible, s, -float("inf"))
                 new_top = gl.convert_layout(gl.max(s, 1), R) * scale
-                new_top = gl.maximum(top, new_top)
+                new_top = gl.where(new_top > top + 8, new_top, top)
                 shift = gl.where(new_top == -float("inf"), 0.0, new_top)
                 s = gl.exp2(s * scale - gl.convert_layout(shift, gl.SliceLayout(1, S))[:, None])
                 shrink = gl.exp2(top - shift)
                 total = total * shrink + gl.convert_layout(gl.sum(s, 1), R)
                 top = new_top
+                # It was waited for above and passes; but ptxas moves nothing of the softmax below its branch.
+                mbarrier.wait(v_full.index(v_stage), v_phase)
                 acc0 = warpgroup_mma_wait(0, [o0])
                 mbarrier.arrive(v_empty.index(v_stage), count=1)
                 weights = gl.convert_layout(s.to(ELEMENT), P0)
-                acc0 = acc0 * shrink[:, None]
+                acc0 = rescaled0(acc0, shrink[:, None])
             for _ in range(count - num_right):
                 n -= 1
                 done += 1
@@ -182,16 +271,18 @@ def consume(
                 s = warpgroup_mma_wait(1, [qk])
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 new_top = gl.convert_layout(gl.max(s, 1), R) * scale
-                new_top = gl.maximum(top, new_top)
+                new_top = gl.where(new_top > top + 8, new_top, top)
                 shift = new_top
                 s = gl.exp2(s * scale - gl.convert_layout(shift, gl.SliceLayout(1, S))[:, None])
                 shrink = gl.exp2(top - shift)
                 total = total * shrink + gl.convert_layout(gl.sum(s, 1), R)
                 top = new_top
+                # It was waited for above and passes; but ptxas moves nothing of the softmax below its branch.
+                mbarrier.wait(v_full.index(v_stage), v_phase)
                 acc0 = warpgroup_mma_wait(0, [o0])
                 mbarrier.arrive(v_empty.index(v_stage), count=1)
                 weights = gl.convert_layout(s.to(ELEMENT), P0)
-                acc0 = acc0 * shrink[:, None]
+                acc0 = rescaled0(acc0, shrink[:, None])
             mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
             # The last product.
             v_stage = done % STAGES
