@@ -173,9 +173,8 @@ def _first(
         window_size=window_size, softcap=softcap, descales=descales or UNSCALED,
     )  # fmt: skip
     addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr())
-    given = (q, k, v, *addresses, softmax_scale, return_lse)
-    if descales is not None:
-        given += (descales,)
+    scaled = () if descales is None else (descales,)
+    given = (q, k, v, *addresses, softmax_scale, return_lse, *scaled)
 
     def keep(run: Run, problem: Problem | None, again: bool = True) -> None:
         if problem is not None:

@@ -128,11 +128,12 @@ class Preset:
                 then no decoding but what they say.
             seqlens_k: key rows, in place of those that follow.
         """
-        found = []
-        for dtype, kind in itertools.product(dtypes, self.attention):
-            for batch, rows, keys in self._sizes(kind, usual, seqlens):
-                for size in itertools.product(batches or [batch], [rows], seqlens_k or [keys]):
-                    found.append(kind.problem(dtype, *size))
+        found = [
+            kind.problem(dtype, *size)
+            for dtype, kind in itertools.product(dtypes, self.attention)
+            for batch, rows, keys in self._sizes(kind, usual, seqlens)
+            for size in itertools.product(batches or [batch], [rows], seqlens_k or [keys])
+        ]
         return list(dict.fromkeys(found))
 
     def _sizes(
