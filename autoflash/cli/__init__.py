@@ -126,9 +126,10 @@ def plan(
 
     use(jobs=jobs, database=database)
     device = devices.for_arch(arch)
+    costs = selection.costs(device)
     with Database.open() as db:
         plans = tuner.plan(
-            selection.problems(device),
+            [cost.problem for cost in costs] or selection.problems(device),
             device,
             templates=template_names(templates),
             effort=effort or default_effort(device),
@@ -136,7 +137,7 @@ def plan(
             database=db,
             present=tuner.is_present(device),
         )
-    reports.planned(plans, device, as_json)
+    reports.planned(plans, device, as_json, costs)
 
 
 @app.command()
@@ -252,6 +253,20 @@ def warmup(
         reports.warmed(built, as_json)
     else:
         reports.compiled(precompile(problems, device), device, as_json)
+
+
+@app.command("presets")
+def list_presets(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these; default: all.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the models that --preset takes: their attention layers, and where that is known from."""
+    from autoflash.cli import presets
+    from autoflash.workload.presets import get, installed
+
+    presets.listed([get(name) for name in names or installed()], as_json)
 
 
 @app.command("doctor")

@@ -78,6 +78,8 @@ def use(*, jobs: int | None = None, database: str | None = None) -> settings.Set
         os.environ["AUTOFLASH_JOBS"] = str(jobs)
     if database is not None:
         os.environ["AUTOFLASH_DATABASE"] = database
+    # `bench` calls attention() as a model does, but those calls are no model's.
+    os.environ.pop("AUTOFLASH_RECORD", None)
     settings.get.cache_clear()
     return settings.get()
 

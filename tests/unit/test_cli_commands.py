@@ -32,7 +32,7 @@ def run(
     cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Run:
     """Runs a command line: (exit code, stdout, stderr)."""
-    for name in ("AUTOFLASH_DATABASE", "AUTOFLASH_JOBS"):
+    for name in ("AUTOFLASH_DATABASE", "AUTOFLASH_JOBS", "AUTOFLASH_RECORD"):
         monkeypatch.setenv(name, "")  # options write these; monkeypatch takes them back
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -364,6 +364,39 @@ def test_why_names_the_record_and_what_the_nearest_differ_in(filled: Run) -> Non
     assert "2.00x the default, 3.00x sdpa" in exact
     answers = json.loads(filled("why", "b1s128h4d32c-float32", "--arch", "cpu", "--json")[1])
     assert [each["rule"] for each in answers] == ["bucket"]
+
+
+def test_presets_are_listed_with_layers_and_source(run: Run) -> None:
+    code, out, _ = run("presets", "gemma2-9b", "llama3-8b")
+    assert code == 0
+    [llama] = [line for line in out.splitlines() if line.startswith("llama3-8b")]
+    assert llama.split()[1:4] == ["32", "32/8", "128"]
+    assert "Meta-Llama-3-8B" in llama
+    assert "window 4096, softcap 50" in out
+    answer = json.loads(run("presets", "--json")[1])
+    assert {"llama3-70b", "vit-l", "sd3", "deepseek-v3"} <= {each["name"] for each in answer}
+    assert all(each["source"] and each["attention"] for each in answer)
+    assert run("presets", "lama3-8b")[0] == 2
+
+
+def test_plan_says_where_the_time_goes(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "ran.txt"
+    file.write_text(f"{OTHER.name} 10\n{PROBLEM.name} 1000\n")
+    arguments = ("plan", "--arch", "cpu", "--problems", file, "--templates", "cpp/fwd")
+    plans = json.loads(run(*arguments, "--json")[1])["problems"]
+    assert [(plan["problem"], plan["calls"]) for plan in plans] == [
+        (PROBLEM.name, 1000), (OTHER.name, 10)
+    ]  # fmt: skip
+    assert plans[0]["share"] > 0.9
+    assert plans[0]["call_us"] < plans[1]["call_us"]
+    out = run(*arguments)[1]
+    assert out.index("Where the time goes") < out.index("Plan for")
+
+
+def test_the_command_line_records_nothing(run: Run, tmp_path: Path) -> None:
+    os.environ["AUTOFLASH_RECORD"] = str(tmp_path / "ran.txt")  # `run` takes it back
+    assert run("plan", "--shape", PROBLEM.name, "--arch", "cpu")[0] == 0
+    assert settings.get().record_file is None
 
 
 def test_plan_counts_what_each_constraint_rejects(run: Run) -> None:
