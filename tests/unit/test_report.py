@@ -259,7 +259,7 @@ def test_findings_are_json() -> None:
 class _Page(HTMLParser):
     """Tags that are open, those with addresses, and all text."""
 
-    VOID = ("meta", "link", "path", "circle", "br")
+    VOID = ("meta", "link")
 
     def __init__(self, text: str) -> None:
         super().__init__()
