@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from support.findings import CAUSAL, DIGEST, FULL, GPU, MODEL, TIMED, search, trial, winner
 
+from autoflash import cli, settings
 from autoflash.database import Database
 from autoflash.device import for_arch
 from autoflash.errors import InvalidInput
@@ -398,3 +400,101 @@ def test_a_roofline_needs_ceilings_and_winners() -> None:
     drawn = drawings.roofline([winner()], Ceilings.stated(GPU))
     assert drawn is not None
     assert CAUSAL.name in drawn.dots[0].text
+
+
+# The command ------------------------------------------------------------------------------------
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    """Runs `report` on a database that holds a search and a winner: (exit code, stdout, stderr)."""
+    monkeypatch.setenv("AUTOFLASH_DATABASE", "")  # --database writes it; monkeypatch takes it back
+    url = f"sqlite:///{cache_dir.parent / 'report.db'}"
+    with Database.open(url, digests={"cuda/test": DIGEST}) as db:
+        for record in search():
+            db.add(record)
+        db.set_best(winner())
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exited:
+            cli.main(["report", "--database", url, *map(str, arguments)])
+        said = capsys.readouterr()
+        code = exited.value.code
+        return (code if isinstance(code, int) else 0 if code is None else 1), said.out, said.err
+
+    return run
+
+
+def test_the_short_form_says_what_matters(run: Run) -> None:
+    code, out, err = run()
+    assert (code, err) == (0, "")
+    assert "NVIDIA Test (sm90), policy gpu-test" in out
+    assert "2 problems, 7 trials, 1 winners: 1.25x the default, 1.50x PyTorch's best" in out
+    assert "compiling: 300 registers are too many" in out
+    assert "clock:      1900 MHz, from 1700 to 1900; reduced in 1 of 5 records" in out
+    assert "driver 580.1" in out
+
+
+def test_the_page_goes_where_it_should_and_json_to_stdout(run: Run, tmp_path: Path) -> None:
+    out_file = tmp_path / "new" / "report.html"
+    code, out, err = run("--html", out_file, "--json", "--shape", FULL.name)
+    assert code == 0
+    assert f"written to {out_file}" in err
+    assert FULL.name in read(out_file.read_text(encoding="utf-8")).words
+    (device,) = json.loads(out)["devices"]
+    assert [each["problem"] for each in device["problems"]] == [FULL.name]
+    assert json.loads(out)["asked"] == f"--shape {FULL.name}"
+
+
+def test_a_device_is_named_by_what_the_database_knows(run: Run) -> None:
+    assert "NVIDIA Test" in run("--device", "nvidia-test")[1]
+    code, _, err = run("--device", "nvidia-tset")
+    assert code == 2
+    assert "Did you mean 'nvidia-test'?" in err
+
+
+def test_what_was_asked_for_and_is_not_there_is_said(run: Run) -> None:
+    code, out, _ = run("--run", 9)
+    assert code == 0
+    assert out.startswith("no records of --run 9; `autoflash tune` makes some")
+
+
+def test_a_page_that_cannot_be_written_is_an_error(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = run("--html", tmp_path / "file" / "report.html")
+    assert code == 2
+    assert "cannot be written" in err
+
+
+def test_spaces_count_what_constraints_reject() -> None:
+    from autoflash.codegen import catalog
+    from autoflash.problem import Problem
+    from autoflash.report.spaces import infeasible
+
+    cpu, problem = for_arch("cpu"), Problem.parse("b1s64h2d32c-float32")
+    template = catalog.installed().get("cpp/fwd")
+    expected = template.space(problem, cpu).rejected
+    record = trial(problem, device=cpu, template="cpp/fwd")
+    assert expected
+    assert infeasible([record, record, trial()]) == {
+        ("cpp/fwd", reason): count for reason, count in expected.items()
+    }
+
+
+def test_ceilings_are_measured_as_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(settings.PACKAGE_DIR.parent / "benchmarks"))
+    script = __import__("ceilings")
+    cpu = for_arch("cpu")
+    found = script.measure(cpu, 1.0, sizes=(32,), copy_bytes=1 << 16)
+    (tmp_path / "c.json").write_text(json.dumps(found))
+    ceilings = Ceilings.load(tmp_path / "c.json")
+    assert ceilings.measured
+    assert ceilings.device_key == cpu.key
+    assert ceilings.tflops["float32"] > 0
+    assert ceilings.memory_gbps > 0
