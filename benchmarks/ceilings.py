@@ -69,7 +69,7 @@ def measure(
                 print(f"{dtype}: not multiplied here ({str(error).splitlines()[0]})")
                 break
             us = timer.measure(call, budget_ms=budget_ms).latency_us
-            rates[dtype] = max(rates.get(dtype, 0.0), round(2 * n**3 / us / 1e6, 3))
+            rates[dtype] = max(rates.get(dtype, 0.0), _four(2 * n**3 / us / 1e6))
     source = torch.empty(copy_bytes, dtype=torch.uint8, device=where).fill_(1)
     target = torch.empty_like(source)
     us = timer.measure(lambda: target.copy_(source), budget_ms=budget_ms).latency_us
@@ -81,8 +81,13 @@ def measure(
         "how": HOW.format(sizes=", ".join(map(str, sizes)), copy=copy_bytes >> 20),
         "environment": environment(device),
         "tflops": rates,
-        "memory_gbps": round(2 * copy_bytes / us / 1e3, 1),
+        "memory_gbps": _four(2 * copy_bytes / us / 1e3),
     }
+
+
+def _four(rate: float) -> float:
+    """A rate with four significant digits."""
+    return float(f"{rate:.4g}")
 
 
 def product(dtype: str, n: int, where: str) -> Callable[[], object]:

@@ -90,8 +90,8 @@ def _headline(chapter: Chapter) -> None:
     ]
     say(f"{device.name} ({device.arch}), policy {chapter.policy}"
         + (", predicted, not measured" if chapter.predicted else ""))  # fmt: skip
-    say(f"{len(chapter.searches)} problems, {chapter.trials} trials, {len(chapter.winners)} winners"
-        + (f": {', '.join(gains)} (geometric means)" if gains else ""))  # fmt: skip
+    say(f"problems: {len(chapter.searches)}, trials: {chapter.trials}, winners: {len(chapter.winners)}"
+        + (f", {', '.join(gains)} (geometric means)" if gains else ""))  # fmt: skip
 
 
 def _lines(chapter: Chapter) -> None:

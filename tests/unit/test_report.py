@@ -390,7 +390,7 @@ def test_more_searches_than_are_drawn_are_counted(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys.modules["autoflash.report.page"], "CURVES", 1)
     longer = [*search(), trial(FULL, 30.0, second=90)]
     text = page(_of(longer))
-    assert "1 searches with fewer trials are not drawn" in read(text).words
+    assert "1 search with fewer trials is not drawn" in read(text).words
 
 
 def test_a_roofline_needs_ceilings_and_winners() -> None:
@@ -433,7 +433,7 @@ def test_the_short_form_says_what_matters(run: Run) -> None:
     code, out, err = run()
     assert (code, err) == (0, "")
     assert "NVIDIA Test (sm90), policy gpu-test" in out
-    assert "2 problems, 7 trials, 1 winners: 1.25x the default, 1.50x PyTorch's best" in out
+    assert "problems: 2, trials: 7, winners: 1, 1.25x the default, 1.50x PyTorch's best" in out
     assert "compiling: 300 registers are too many" in out
     assert "clock:      1900 MHz, from 1700 to 1900; reduced in 1 of 5 records" in out
     assert "driver 580.1" in out
