@@ -21,7 +21,7 @@ gpu: $(VENV)/developed
 	$(BIN)/pytest -m gpu $(ARGS)
 
 browser: $(VENV)/developed  ## Debian's where this user may install it, else Playwright's own
-	@command -v chromium chromium-browser google-chrome >/dev/null \
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null \
 	  || { test "$$(id -u)" = 0 && apt-get -qq update \
 	       && apt-get -qq install --yes --no-install-recommends chromium >/dev/null; } \
 	  || $(BIN)/playwright install --only-shell chromium

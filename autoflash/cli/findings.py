@@ -90,7 +90,8 @@ def _headline(chapter: Chapter) -> None:
     ]
     say(f"{device.name} ({device.arch}), policy {chapter.policy}"
         + (", predicted, not measured" if chapter.predicted else ""))  # fmt: skip
-    say(f"problems: {len(chapter.searches)}, trials: {chapter.trials}, winners: {len(chapter.winners)}"
+    problems, winners = len(chapter.searches), len(chapter.winners)
+    say(f"problems: {problems}, trials: {chapter.trials}, winners: {winners}"
         + (f", {', '.join(gains)} (geometric means)" if gains else ""))  # fmt: skip
 
 
