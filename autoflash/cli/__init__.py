@@ -162,6 +162,54 @@ def show(
 
 
 @app.command()
+@takes_problems
+def report(
+    selection: Selection,
+    device: AnyDeviceOption = None,
+    run: Annotated[
+        int | None, typer.Option("--run", metavar="N", help="Only this run; the page lists them.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the page there.")
+    ] = None,
+    ceilings: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--ceilings",
+            metavar="FILE",
+            help="Measured ceilings of a device, by benchmarks/ceilings.py; repeatable.",
+        ),
+    ] = None,
+    spaces: Annotated[
+        bool,
+        typer.Option("--spaces", help="Count what constraints reject too: seconds a problem."),
+    ] = False,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what tuning tried and found, here in short, or all of it as a page for a browser."""
+    from autoflash.cli import findings as short
+    from autoflash.database import Database
+    from autoflash.report import Ceilings, findings
+    from autoflash.report.spaces import infeasible
+
+    use(database=database)
+    measured = [Ceilings.load(path) for path in ceilings or ()]
+    with Database.open() as db:
+        found = findings(
+            db,
+            digests=results.installed_digests(),
+            device_key=device_key(device, db),
+            run=run,
+            choose=selection.matching,
+            asked=short.asked(selection, device, run),
+            ceilings=measured,
+            infeasible=infeasible if spaces else None,
+        )
+    short.reported(found, html, as_json)
+
+
+@app.command()
 def why(
     shapes: Annotated[
         list[str], typer.Argument(metavar="SHAPE...", help="Such as b4s4096h32/8d128c-bfloat16.")

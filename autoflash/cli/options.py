@@ -108,7 +108,7 @@ def template_names(globs: list[str] | None) -> list[str] | None:
 
 
 def device_key(text: str | None, db: Database) -> str | None:
-    """The Device.key that --device means among those the database has best records of.
+    """The Device.key that --device means among those the database knows.
 
     Raises:
         UnknownName: the database knows no such device.
@@ -120,7 +120,7 @@ def device_key(text: str | None, db: Database) -> str | None:
         from autoflash import device
 
         return device.native().key
-    known: dict[str, str] = {record.device.key: record.device.slug for record in db.bests()}
+    known = {key: key.partition(":")[0] for key in db.device_keys()}
     found = [key for key, slug in known.items() if text.lower() in (key, slug)]
     if not found:
         raise UnknownName.of("device", text, {*known.values(), "native"})

@@ -199,6 +199,12 @@ class Database:
             found = connection.execute(sa.select(tables.run).order_by(tables.run.c.id))
             return [dict(row) for row in found.mappings()]
 
+    def device_keys(self) -> list[str]:
+        """Device.key of every device that something is stored of."""
+        with self._store.reading() as connection:
+            found = connection.execute(sa.select(tables.device.c.key).order_by(tables.device.c.key))
+            return list(found.scalars())
+
     def add(self, record: Record, run: int | None = None) -> None:
         """Store a trial, whatever its outcome; once it returns a kill cannot lose it.
 

@@ -1,4 +1,4 @@
-"""Search: which config to try next. The only user of optuna."""
+"""Search: which config to try next, and which tunables matter. The only user of optuna."""
 
 from __future__ import annotations
 
@@ -203,6 +203,15 @@ class Sampler:
         if config in results and config in self._open:
             self.tell(config, results[config])
 
+    def importances(self) -> dict[str, float]:
+        """Tunable, after its template and a colon -> its share in what makes configs fast."""
+        import optuna
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the evaluator is marked experimental
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+            return optuna.importance.get_param_importances(self._study, evaluator=evaluator)
+
     def _suggest(self, trial: optuna.trial.Trial, key: str) -> int:
         scale = self._scales[key]
         if _is_ordered(scale):
@@ -253,6 +262,27 @@ class Sampler:
                 intermediate_values={0: 2.0 * self._worst + 1.0} if failed else {},
             )
         )
+
+
+def importances(
+    tunables: Mapping[str, Sequence[Value]], results: Sequence[tuple[Config, float]]
+) -> dict[str, float]:
+    """Each tunable's share in what sets the fastest tenth of the results apart; they add up to 1.
+
+    PED-ANOVA (arXiv 2304.10255), which looks at the distributions of the fast configs and of all:
+    it fits no model, and trials that a sampler crowds around good configs do not mislead it as they
+    do a variance. All 0 where the fast configs are like the others.
+
+    Args:
+        tunables: of one template, those of more than one value.
+        results: config and cost; several costs of a config are several results.
+    """
+    template = results[0][0].template
+    sampler = Sampler({template: Axes(tunables, ())}, seed=0)
+    for config, cost in results:
+        sampler.tell(config, cost)
+    shares = sampler.importances()
+    return {name: shares.get(f"{template}:{name}", 0.0) for name in tunables}
 
 
 def _neighbours(config: Config, tunables: Mapping[str, Sequence[Value]]) -> Iterator[Config]:
