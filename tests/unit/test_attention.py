@@ -1244,7 +1244,7 @@ def test_a_database_that_cannot_be_read_costs_only_a_warning(
 
     monkeypatch.setattr(Database, "open", corrupt)
     reading = Dispatcher(
-        native(), lambda: serving.stored_records(native()), bench.catalog, bench.build
+        native(), lambda: serving.stored(native()), bench.catalog, bench.build
     )
     serving.use("cpu", 0, reading)
     q, k, v = tensors()

@@ -16,10 +16,10 @@ from autoflash.codegen.template import Source, Template
 from autoflash.config import Config
 from autoflash.device import KNOWN_GPUS, Device
 from autoflash.errors import CompileError
-from autoflash.problem import Problem
+from autoflash.problem import MAX_DISTANCE, Problem
 from autoflash.record import Measurement, Record
 from autoflash.runtime import serving, warn
-from autoflash.runtime.dispatch import MAX_DISTANCE, Dispatcher
+from autoflash.runtime.dispatch import Dispatcher
 from autoflash.runtime.explain import explain
 
 TEMPLATE = """{{#---
@@ -458,7 +458,7 @@ def test_a_device_that_is_not_here_can_be_asked_about(
 ) -> None:
     ampere = KNOWN_GPUS["sm80"]
     stored = [record(catalog, ASKED, device=ampere)]
-    monkeypatch.setattr(serving, "stored_records", lambda device: stored)
+    monkeypatch.setattr(serving, "stored", lambda device: stored)
     monkeypatch.setattr("autoflash.codegen.catalog.installed", lambda: catalog)
     assert explain(ASKED, ampere).rule == "exact"
 
