@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from autoflash.device import Device
+from autoflash.dispatch_table import DispatchTable, Family
 from autoflash.errors import InvalidInput
 from autoflash.problem import ELEMENT_SIZES, Problem
 from autoflash.record import Record
@@ -112,6 +113,14 @@ class Selection:
         named = {*_of_grid(self.grid), *_of_grid(self.file)}
         wanted = {*filter(self.admits, named), *self._shapes()}
         return [record for record in records if record.problem in wanted]
+
+    def concerning(self, tables: Iterable[DispatchTable]) -> list[DispatchTable]:
+        """Those of the tables that are for a family of what was asked for."""
+        if not (self.grid or self.file or self.shape):
+            return [t for t in tables if any(self.admits(probe.problem) for probe in t.probes)]
+        named = [*filter(self.admits, (*_of_grid(self.grid), *_of_grid(self.file)))]
+        families = {Family.of(problem) for problem in (*named, *self._shapes())}
+        return [table for table in tables if table.family in families]
 
     def admits(self, problem: Problem) -> bool:
         """Whether the size options, those that were given, hold for `problem`."""
