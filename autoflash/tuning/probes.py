@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from autoflash.device import Device
+from autoflash.dispatch_table import Family
 from autoflash.problem import Problem
 from autoflash.tuning.budget import call_s
 
@@ -53,14 +54,16 @@ def probes(winners: Sequence[Problem], device: Device, count: int) -> list[Probl
         count: how many.
     """
     found: dict[Problem, None] = {}
-    tuned = set(winners)
+    tuned, families = set(winners), {Family.of(problem) for problem in winners}
     # A range so narrow that it does not hold as many shapes ends the search.
     for number in range(20 * count):
         if len(found) == count:
             break
         place = [(0.5 + (number + 1) / _ROOT**power) % 1.0 for power in (1, 2, 3, 4)]
         problem = _probe(winners, number, place, device)
-        if problem is not None and problem not in tuned:
+        if problem is None or problem in tuned:
+            continue
+        if Family.of(problem) in families:  # a window that no row reaches is none
             found.setdefault(problem)
     return list(found)
 
