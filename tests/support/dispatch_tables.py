@@ -24,8 +24,11 @@ def probe(
     return Probe(problem=problem, held_out=held_out, times_us=times_us, default=default)
 
 
-def table(digests: Mapping[str, str] | None = None, **changes: Any) -> DispatchTable:
-    """Up to 1024 rows the default is best, beyond it FAST; 512 and 4096 rows were tuned."""
+def table(templates: Mapping[str, str] | None = None, **changes: Any) -> DispatchTable:
+    """Up to 1024 rows the default is best, beyond it FAST; 512 and 4096 rows were tuned.
+
+    `templates` are their digests; `changes` are fields of DispatchTable.
+    """
     leaves: Sequence[Leaf] = (
         Leaf(where=(Bound("seqlen_q", None, 1024),), config=None, probes=2, mean=0.0, worst=0.0),
         Leaf(where=(Bound("seqlen_q", 1024, None),), config=1, probes=2, mean=0.01, worst=0.02),
@@ -34,7 +37,7 @@ def table(digests: Mapping[str, str] | None = None, **changes: Any) -> DispatchT
         "device": KNOWN_GPUS["sm90"],
         "family": Family.of(Problem.parse("b1s1h1d64c")),
         "policy": "test-turns",
-        "digests": digests or {"triton/fwd": "d1"},
+        "digests": templates or {"triton/fwd": "d1"},
         "configs": (SLOW, FAST),
         "leaves": leaves,
         "probes": (

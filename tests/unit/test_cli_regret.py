@@ -83,9 +83,7 @@ def test_show_regret_prints_leaves_and_what_they_are_worth(
     assert "goal: 2% mean, 6% worst over those held out: met" in out
 
 
-def test_show_regret_as_json_has_the_evidence(
-    url: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_show_regret_as_json_has_the_evidence(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     with Database.open(url) as database:
         database.set_table(made_here())
     _, out, _ = run(capsys, "show", "--regret", "--json", "--head-dim", "64")
