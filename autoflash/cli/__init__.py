@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -142,20 +143,77 @@ def plan(
 
 @app.command()
 @takes_problems
+def generalise(
+    selection: Selection,
+    probes: Annotated[
+        int | None,
+        typer.Option("--probes", metavar="N", min=5, help="Shapes of each family to measure."),
+    ] = None,
+    templates: TemplatesOption = None,
+    effort: EffortOption = None,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", metavar="S", min=0, help="Most time for the run.")
+    ] = None,
+    seed: SeedOption = 0,
+    jobs: JobsOption = None,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the winners on shapes between theirs, and choose what serves shapes nobody tuned.
+
+    The problem options choose among the winners measured on the device found here; each family of
+    them (dtype, head_dim, mask) gets a small table. Exit code: 0 a table has something better
+    than the default, 3 the default is best everywhere, 4 not all was measured (run again to go
+    on), 5 too little to choose by, 2 a mistake in the request.
+    """
+    from autoflash import device as devices
+    from autoflash.cli import regret
+    from autoflash.database import Database
+    from autoflash.tuning import generalise as generalising
+
+    use(jobs=jobs, database=database)
+    device = devices.native()
+    with Database.open() as db, output.TuneProgress(quiet=as_json) as progress:
+        found = generalising.generalise(
+            selection.matching(db.bests(device_key=device.key)),
+            device,
+            database=db,
+            count=generalising.PROBES if probes is None else probes,
+            effort=effort or "quick",
+            max_seconds=seconds,
+            templates=template_names(templates),
+            seed=seed,
+            on_event=progress,
+        )
+    regret.generalised(found, as_json)
+    raise typer.Exit(regret.exit_code(found))
+
+
+@app.command()
+@takes_problems
 def show(
     selection: Selection,
     arch: AnyArchOption = None,
     device: AnyDeviceOption = None,
     every: Annotated[bool, typer.Option("--all", help="Every trial, not only the best.")] = False,
+    tables: Annotated[
+        bool,
+        typer.Option("--regret", help="The dispatch tables, and what they lose to the best."),
+    ] = False,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the best records, or with --all every trial and what came of it."""
+    """Print the best records, with --all every trial and what came of it, or dispatch tables."""
+    from autoflash.cli import regret
     from autoflash.database import Database
 
     use(database=database)
     with Database.open() as db:
         key = device_key(device, db)
+        if tables:
+            made = [t for t in db.tables(key) if arch in (None, t.device.arch)]
+            regret.shown(selection.concerning(made), as_json)
+            return
         known = db.trials(device_key=key) if every else db.bests(arch=arch, device_key=key)
     wanted = [r for r in selection.matching(known) if arch in (None, r.device.arch)]
     records.shown(wanted, every, as_json)
@@ -189,22 +247,27 @@ def report(
 ) -> None:
     """Say what tuning tried and found, here in short, or all of it as a page for a browser."""
     from autoflash.cli import findings as short
+    from autoflash.cli import regret
     from autoflash.database import Database
     from autoflash.report import Ceilings, findings
     from autoflash.report.spaces import infeasible
 
     use(database=database)
     measured = [Ceilings.load(path) for path in ceilings or ()]
+    digests = results.installed_digests()
     with Database.open() as db:
+        key = device_key(device, db)
+        made = selection.concerning(db.tables(key))
         found = findings(
             db,
-            digests=results.installed_digests(),
-            device_key=device_key(device, db),
+            digests=digests,
+            device_key=key,
             run=run,
             choose=selection.matching,
             asked=short.asked(selection, device, run),
             ceilings=measured,
             infeasible=infeasible if spaces else None,
+            regret=partial(regret.overview, made, digests),
         )
     short.reported(found, html, as_json)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autoflash.device import Device
+from autoflash.dispatch_table import DispatchTable, Family
 from autoflash.errors import InvalidInput
 from autoflash.problem import ELEMENT_SIZES, Problem
 from autoflash.record import Record
@@ -31,6 +32,9 @@ _GPU_TOKENS = 16384
 """Rows of q in one call where only the sequence length is given, as attention papers plot it."""
 _GPU_HIDDEN = 2048
 """num_heads * head_dim where only head_dim is given, likewise."""
+
+_LONG = 1 << 20
+"""Rows that no model's sliding window covers."""
 
 
 def _option(name: str, text: str, metavar: str | None = None) -> Any:
@@ -165,6 +169,26 @@ class Selection:
             if record.problem in wanted
             or (self.admits(record.problem) and any(p.asks_for(record.problem) for p in models))
         ]
+
+    def concerning(self, tables: Iterable[DispatchTable]) -> list[DispatchTable]:
+        """Those of the tables that are for a family of what was asked for."""
+        if not (self._named or self.shape):
+            return [t for t in tables if self._admits_probe(t)]
+        named = {*_of_grid(self.grid), *_of_file(self.file)}
+        families = {Family.of(p) for p in (*filter(self.admits, named), *self._shapes())}
+        models = self._presets
+        return [
+            table
+            for table in tables
+            if table.family in families
+            or (
+                self._admits_probe(table)
+                and any(table.family in _families(model, table.family.dtype) for model in models)
+            )
+        ]
+
+    def _admits_probe(self, table: DispatchTable) -> bool:
+        return any(self.admits(probe.problem) for probe in table.probes)
 
     def admits(self, problem: Problem) -> bool:
         """Whether the size options, those that were given, hold for `problem`."""
@@ -374,6 +398,15 @@ def _of_grid(name: str | None) -> tuple[Problem, ...]:
 def _of_file(path: Path | None) -> dict[Problem, int | None]:
     """The problems of a file, with their calls where it gives any."""
     return {} if path is None else listing.read(path)
+
+
+def _families(model: Preset, dtype: str) -> set[Family]:
+    """Whose dispatch tables serve a model: with its windows, and where a window covers all keys."""
+    return {
+        Family.of(kind.problem(dtype, 1, length, length))
+        for kind in model.attention
+        for length in (1, _LONG)
+    }
 
 
 def words(text: str) -> list[str]:

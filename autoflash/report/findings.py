@@ -92,6 +92,7 @@ class Chapter:
             "regret": None
             if self.regret is None
             else {
+                "title": self.regret.title,
                 "columns": list(self.regret.columns),
                 "rows": [list(r) for r in self.regret.rows],
             },

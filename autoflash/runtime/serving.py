@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -23,9 +22,8 @@ from autoflash.codegen.template import Source
 from autoflash.device import Device, of_tensor
 from autoflash.errors import UnsupportedProblem
 from autoflash.problem import Problem
-from autoflash.record import Record
 from autoflash.runtime import options, prepare, recording, request, warn
-from autoflash.runtime.dispatch import Dispatcher, Served
+from autoflash.runtime.dispatch import Dispatcher, Learned, Served
 from autoflash.runtime.prepare import Result, Run
 from autoflash.runtime.request import UNSCALED, Descales
 
@@ -101,25 +99,25 @@ def dispatcher(device_type: str, index: int | None) -> Dispatcher:
             device = of_tensor(device_type, index)
             on_device = partial(_build_on, place)
             _dispatchers[place] = Dispatcher(
-                device, partial(stored_records, device), catalog.installed(), on_device
+                device, partial(stored, device), catalog.installed(), on_device
             )
         return _dispatchers[place]
 
 
-def stored_records(device: Device) -> Iterable[Record]:
+def stored(device: Device) -> Learned:
     """What the database knows for this arch; nothing, and a warning, where it cannot be read."""
     # A database must never stand between a caller and an answer.
     try:
         from autoflash.database import Database
 
         with Database.open() as database:
-            return database.bests(arch=device.arch)
+            return Learned(database.bests(arch=device.arch), database.tables(device.key))
     except Exception as error:
         warn.once(
             f"the tuning database cannot be read, so templates serve with their defaults: "
             f"{type(error).__name__}: {error}"
         )
-        return ()
+        return Learned()
 
 
 def reload() -> None:

@@ -64,7 +64,8 @@ class Evaluator:
         """Time several candidates in turns, and PyTorch's best with them.
 
         Args:
-            request: "sources" (name -> source), "problem", "device", "seed", "rounds", "finals_ms".
+            request: "sources" (name -> source), "problem", "device", "seed", "rounds", "finals_ms";
+                "torch": False leaves PyTorch out.
 
         Returns:
             "outcome", "measurements" and "rounds" (name -> medians in microseconds), and
@@ -115,7 +116,7 @@ class Evaluator:
         calls: dict[str, Callable[[], object]] = {
             name: bench.call(bench.build(source)) for name, source in request["sources"].items()
         }
-        provider, peer = bench.best_of_torch()
+        provider, peer = bench.best_of_torch() if request.get("torch", True) else (None, None)
         if provider is not None and peer is not None:
             calls[provider] = peer
         timed = bench.timer.interleave(

@@ -139,10 +139,12 @@ def decide(run: Run, problem: Problem, records: Sequence[Record], defaults: Sequ
     return Verdict(every[winner], improved, tuple(every.values()))
 
 
-def ask(run: Run, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+def ask(
+    run: Run, request: Mapping[str, Any], timeout_s: float, tries: int = TRIES
+) -> dict[str, Any]:
     """Have the device's worker answer one request; a second time in a fresh process if it fails."""
     reply: dict[str, Any] = {}
-    for _ in range(TRIES):
+    for _ in range(tries):
         run.workers.submit("device", str(request["kind"]), request, timeout_s)
         while True:
             answers = [f.reply for f in run.workers.wait(1.0) if f.role == "device"]

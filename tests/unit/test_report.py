@@ -379,6 +379,7 @@ def test_a_regret_table_has_a_section_where_there_is_one() -> None:
     assert "Regret" in words
     assert "Worst 4 %, mean 1 %." in words
     assert found.to_dict()["devices"][0]["regret"] == {
+        "title": "Worst 4 %, mean 1 %.",
         "columns": ["rule", ">regret"],
         "rows": [["tree", "1.04"]],
     }
