@@ -17,6 +17,7 @@ from autoflash.cli.options import (
     AnyDeviceOption,
     ArchOption,
     DatabaseOption,
+    DevicesOption,
     EffortOption,
     JobsOption,
     JsonOption,
@@ -73,6 +74,7 @@ def tune(
         float | None, typer.Option("--seconds", metavar="S", min=0, help="Most time for the run.")
     ] = None,
     seed: SeedOption = 0,
+    on: DevicesOption = None,
     jobs: JobsOption = None,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
@@ -85,10 +87,11 @@ def tune(
     """
     from autoflash import device as devices
     from autoflash.database import Database
-    from autoflash.tuning import tuner
+    from autoflash.tuning import boards, tuner
 
     use(jobs=jobs, database=database)
-    device = devices.for_arch(arch)
+    chosen = [] if on is None else boards.choose(on, arch)
+    device = chosen[0].device if chosen else devices.for_arch(arch)
     problems = selection.problems(device)
     with Database.open() as db:
         with output.TuneProgress(quiet=as_json) as progress:
@@ -102,6 +105,7 @@ def tune(
                 templates=template_names(templates),
                 seed=seed,
                 on_event=progress,
+                boards=chosen,
             )
         results.tuned(found, device, db, as_json)
     raise typer.Exit(results.exit_code(found, len(problems)))
