@@ -93,6 +93,8 @@ def tune(
     chosen = [] if on is None else boards.choose(on, arch)
     device = chosen[0].device if chosen else devices.for_arch(arch)
     problems = selection.problems(device)
+    if len(chosen) > len(problems):
+        output.remark(f"{len(problems)} of {len(chosen)} devices are used: one for each problem")
     with Database.open() as db:
         with output.TuneProgress(quiet=as_json) as progress:
             found = tuner.tune(

@@ -96,7 +96,8 @@ def tune(
         catalog: of templates; None is the installed one.
         workers: what compiles and runs candidates; None: processes of our own.
         command: what to note as the cause of this run.
-        boards: which devices of this host, all of the kind of `device`; none is the first.
+        boards: which devices of this host, all of the kind of `device`; none is the first. More
+            than there are problems are not used.
 
     Returns:
         One result per problem, in order.
@@ -118,7 +119,7 @@ def tune(
     with ExitStack() as stack:
         root = cache.root()
         if present and workers is None:
-            boards = boards or [board_of(device)]
+            boards = boards[: len(wanted)] or [board_of(device)]
             stack.enter_context(held(boards, root))
         several = len(boards) > 1
         if workers is None:
