@@ -202,6 +202,8 @@ class TuneProgress(AbstractContextManager["TuneProgress"]):
         if event.device:
             where += f" on device {event.device}"
         best = f"best {us(event.best_us)} us" if event.best_us is not None else ""
+        if event.kind == "lost" and self._bars and event.device in self._tasks:
+            self._bars.remove_task(self._tasks.pop(event.device))
         if event.kind in ("done", "lost"):
             self._line(f"{where}: {', '.join(part for part in (best, event.message) if part)}")
         elif self._bars:
