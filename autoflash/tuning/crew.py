@@ -1,7 +1,7 @@
 """Crew: tunes several problems at once, each on one of several devices of a kind.
 
-A thread for each device takes the next problem, and all its trials and finals are run there: times
-of two boards of a kind differ by several per cent, more than finalists do, and are not compared.
+A thread for each device takes the next problem, and all its trials and finals are run there: two
+boards of a kind do not run at one speed, and candidates that are worth comparing differ by little.
 """
 
 from __future__ import annotations

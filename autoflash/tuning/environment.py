@@ -52,7 +52,7 @@ def _versions(device: Device) -> dict[str, Any]:
             properties = torch.cuda.get_device_properties(torch.cuda.current_device())
             uuid = str(getattr(properties, "uuid", ""))
             facts["driver"] = Telemetry(uuid or None).driver
-            facts["board"] = short(uuid) or None  # boards of a kind differ by several per cent
+            facts["board"] = short(uuid) or None  # those of a kind are not of one speed
         facts.update({name: _version(name) for name in _PEER_PACKAGES})
     else:
         facts["cxx"] = _compiler(settings.get().cxx)
