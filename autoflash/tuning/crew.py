@@ -13,10 +13,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from autoflash.errors import WorkerError
+from autoflash.errors import AutoflashError, DatabaseError, WorkerError
 from autoflash.tuning.compilers import TICK_S, Compilers, Lane
 from autoflash.tuning.pool import Workers
 from autoflash.tuning.progress import Event, Listener, TuneResult
@@ -42,6 +43,9 @@ class Tuning(Protocol):
 
     def interrupted(self, index: int) -> TuneResult:
         """What there is of a problem that was not finished."""
+
+    def close(self) -> None:
+        """End the worker; called by the thread that used it."""
 
     def lost(self, index: int, message: str) -> None:
         """Tell that the device has failed while it had that problem."""
@@ -139,7 +143,10 @@ class Crew:
         finally:
             self._stop(threads)
             if self._number is not None:
-                self._run.database.finish_run(self._number, status)
+                with suppress(DatabaseError):  # a run without this note is taken for a killed one
+                    self._run.database.finish_run(self._number, status)
+        if self._error is not None:
+            raise self._error
         return [self._result(index) for index in range(count)]
 
     # In the thread of a device ------------------------------------------------------------------
@@ -164,7 +171,10 @@ class Crew:
         except BaseException as error:
             self._error = self._error or error
         finally:
-            member.lane.close()
+            try:
+                member.tuning.close()
+            except AutoflashError as error:
+                self._error = self._error or error
             member.ended = True
 
     def _take(self, member: _Member) -> int | None:

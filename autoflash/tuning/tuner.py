@@ -311,6 +311,10 @@ class _Tuning:
             return self._result("partial", trials, trials.best, reason)
         return TuneResult(problem=problem, status="partial", best=None, reason=reason)
 
+    def close(self) -> None:
+        """End the worker."""
+        self._run.workers.close()
+
     def lost(self, index: int, message: str) -> None:
         """Tell that the device has failed while it had that problem."""
         self._event("lost", index, message=message)

@@ -328,15 +328,13 @@ def test_ctrl_c_returns_what_there_is_and_the_next_run_goes_on(
     assert len(database.trials()) == 5 * CONFIGS
 
 
-def test_what_goes_wrong_in_a_thread_is_raised(
-    run: Runs, database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(record: Record, run: int | None = None) -> None:
-        raise errors.DatabaseError("the disk is full")
+def test_what_goes_wrong_in_a_thread_is_raised(run: Runs, database: Database) -> None:
+    def err(board: str) -> Reply | None:
+        raise RuntimeError("a mistake of ours")
 
-    monkeypatch.setattr(database, "add", full)
     host = Host(2)
-    with pytest.raises(errors.DatabaseError, match="disk is full"):
+    host.on_evaluate = err
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
         run(host)
     assert all(pool.closed for pool in host.pools)
     assert database.runs()[0]["status"] == "failed"
