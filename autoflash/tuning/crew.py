@@ -68,7 +68,7 @@ class Crew:
     """Several devices at work on one list of problems.
 
     A device that fails leaves its problem to the others, which go on from the trials that are
-    stored: what was under way when it failed counts as tried, lest it takes the others down too.
+    stored.
     """
 
     def __init__(

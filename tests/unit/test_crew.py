@@ -27,7 +27,7 @@ CATALOG = Catalog.load(Path(__file__).parents[1] / "data" / "plane")
 GPU = KNOWN_GPUS["sm90"]
 PROBLEMS = [Problem.parse(f"b2s{1024 * n}h8d64c-bfloat16") for n in range(1, 6)]
 EFFORT = Effort(
-    name="test", trials=100, seconds=None, timing_ms=1.0, finalists=2, rounds=5, finals_ms=1.0,
+    name="test", trials=100, seconds=None, timing_ms=1.0, finalists=2, rounds=9, finals_ms=1.0,
     compiles=10, compile_seconds=None,
 )  # fmt: skip
 SOURCES, CONFIGS = 39, 44  # of the catalog: some configs render the same
@@ -241,11 +241,12 @@ def test_a_device_lost_in_the_middle_takes_nothing_with_it(run: Runs, database: 
     assert [result.status for result in results] == ["improved"] * 5
     assert [result.trials for result in results] == [CONFIGS] * 5
     assert len(host.evaluated["1"]) == 5
-    # What took it down is not tried on the next one.
-    tried = Counter(each for board in host.evaluated.values() for each in board)
-    assert set(tried.values()) == {1}
+    # The other goes on behind what this one finished.
+    finished = host.evaluated["1"][:4]
+    assert not set(finished) & set(host.evaluated["0"])
     crashed = {r.source_digest: r for r in database.trials() if r.outcome == "crash"}
-    assert [record.reason for record in crashed.values()] == ["killed by SIGBUS"]
+    assert len(crashed) == 1
+    assert all("killed by SIGBUS" in record.reason for record in crashed.values())
 
 
 def test_a_problem_that_comes_back_last_is_taken_by_who_was_done(run: Runs) -> None:
