@@ -18,6 +18,7 @@ from autoflash.cli.options import (
     AnyDeviceOption,
     ArchOption,
     DatabaseOption,
+    DevicesOption,
     EffortOption,
     JobsOption,
     JsonOption,
@@ -74,6 +75,7 @@ def tune(
         float | None, typer.Option("--seconds", metavar="S", min=0, help="Most time for the run.")
     ] = None,
     seed: SeedOption = 0,
+    on: DevicesOption = None,
     jobs: JobsOption = None,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
@@ -86,11 +88,14 @@ def tune(
     """
     from autoflash import device as devices
     from autoflash.database import Database
-    from autoflash.tuning import tuner
+    from autoflash.tuning import boards, tuner
 
     use(jobs=jobs, database=database)
-    device = devices.for_arch(arch)
+    chosen = [] if on is None else boards.choose(on, arch)
+    device = chosen[0].device if chosen else devices.for_arch(arch)
     problems = selection.problems(device)
+    if len(chosen) > len(problems):
+        output.remark(f"{len(problems)} of {len(chosen)} devices are used: one for each problem")
     with Database.open() as db:
         with output.TuneProgress(quiet=as_json) as progress:
             found = tuner.tune(
@@ -103,6 +108,7 @@ def tune(
                 templates=template_names(templates),
                 seed=seed,
                 on_event=progress,
+                boards=chosen,
             )
         results.tuned(found, device, db, as_json)
     raise typer.Exit(results.exit_code(found, len(problems)))

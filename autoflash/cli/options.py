@@ -68,6 +68,15 @@ JobsOption = Annotated[
         "the cores this process may use).",
     ),
 ]  # fmt: skip
+DevicesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--devices",
+        metavar="all|N,N...",
+        help="Tune on several devices of this host at once, each with problems of its own: their "
+        "numbers or UUIDs, all of one kind. Default: the first.",
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of the search and of the random inputs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -19,8 +19,9 @@ from autoflash.errors import InvalidInput
 from autoflash.problem import Problem
 from autoflash.record import Record
 from autoflash.tuning import effort as efforts
+from autoflash.tuning.boards import held
+from autoflash.tuning.boards import of as board_of
 from autoflash.tuning.effort import Effort
-from autoflash.tuning.lock import device_lock
 from autoflash.tuning.partition import partition
 from autoflash.tuning.pool import Pool, Workers
 from autoflash.tuning.probes import is_held_out, probes
@@ -28,7 +29,6 @@ from autoflash.tuning.progress import Event, Listener
 from autoflash.tuning.run import Run, is_present, now
 from autoflash.tuning.shape import Shape, Shapes, greet
 from autoflash.tuning.timing import policy_for
-from autoflash.tuning.tuner import _visible
 
 if TYPE_CHECKING:
     from autoflash.database import Database
@@ -131,10 +131,11 @@ def generalise(
     jobs = build.jobs_within_memory(settings.get().jobs, languages, device)
     policy = policy_for(device).id
     with ExitStack() as stack:
-        root, visible = cache.root(), _visible(device)
+        root = cache.root()
         if workers is None:
-            stack.enter_context(device_lock(device, visible, root))
-            workers = Pool(jobs=jobs, cache_dir=root, visible=visible)
+            board = board_of(device)
+            stack.enter_context(held([board], root))
+            workers = Pool(jobs=jobs, cache_dir=root, visible=board.visible)
         stack.callback(workers.close)
         run = Run(
             device=device,

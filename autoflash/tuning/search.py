@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
 
+_FILTERS = threading.Lock()
+"""Of the warning filters, which all threads share: devices begin their searches at once."""
 SWEEP_LIMIT = 300
 """Spaces up to this size are swept: a sampler would mostly repeat itself (half of TPE's asks at
 500 trials of a 1500-point space were repeats)."""
@@ -147,7 +150,7 @@ class Sampler:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        with warnings.catch_warnings():
+        with _FILTERS, warnings.catch_warnings():
             # multivariate, group and constant_liar are marked experimental.
             warnings.simplefilter("ignore")
             sampler = optuna.samplers.TPESampler(

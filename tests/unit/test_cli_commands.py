@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from autoflash import cli, settings
 from autoflash.cli import output, results
@@ -19,7 +23,7 @@ from autoflash.database import Database
 from autoflash.device import KNOWN_GPUS, Device, for_arch
 from autoflash.problem import Problem
 from autoflash.record import Measurement, Record
-from autoflash.tuning import tuner
+from autoflash.tuning import boards, tuner
 from autoflash.tuning.progress import Event, TuneResult
 
 PROBLEM = Problem.parse("b1s64h2d32c-float32")
@@ -230,6 +234,50 @@ def test_json_is_all_there_is_on_stdout(run: Run, tuned: dict[str, Any]) -> None
     assert (answer["status"], answer["problem"], answer["trials"]) == ("improved", PROBLEM.name, 3)
     assert Record.from_dict(answer["best"]) == record()
     assert err == ""
+
+
+def test_devices_arrive_as_boards(run: Run, tuned: dict[str, Any]) -> None:
+    run("tune", "--arch", "cpu", "--shape", PROBLEM.name)
+    assert tuned["boards"] == []
+    run("tune", "--arch", "cpu", "--shape", PROBLEM.name, "--devices", "all")
+    (board,) = tuned["boards"]
+    assert (board.device, tuned["device"]) == (for_arch("cpu"), for_arch("cpu"))
+    code, _, err = run("tune", "--arch", "cpu", "--shape", PROBLEM.name, "--devices", "0,3")
+    assert code == 2
+    assert "there is no 3; here are 0: " in err
+
+
+def test_more_devices_than_problems_are_remarked_on(
+    run: Run, tuned: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = [boards.Board(index=i, device=for_arch("cpu")) for i in range(2)]
+    monkeypatch.setattr(boards, "choose", lambda text, arch: two)
+    assert "1 of 2 devices are used" in run("tune", "--shape", PROBLEM.name, "--devices", "all")[2]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_says_which_device(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    if terminal:
+        monkeypatch.setattr(output, "Console", partial(Console, force_terminal=True, width=150))
+
+    def event(kind: str, device: str, **facts: Any) -> Event:
+        index = int(device)
+        return Event(
+            kind=kind, problem=PROBLEM, index=index, total_problems=2, device=device, **facts
+        )
+
+    with output.TuneProgress() as progress:
+        progress(event("start", "0", total=7))
+        progress(event("start", "1", total=7))
+        progress(event("lost", "1", message="device 1 is used no more: killed"))
+        progress(event("done", "0", best_us=5.0))
+        if terminal:
+            assert [task.description.rpartition(" ")[2] for task in progress._bars.tasks] == ["0"]
+    said = stream.getvalue()
+    assert f"[1/2] {PROBLEM.name} on device 0: best 5 us" in said
+    assert f"[2/2] {PROBLEM.name} on device 1: device 1 is used no more: killed" in said
 
 
 def test_the_options_of_tune_arrive(run: Run, tuned: dict[str, Any]) -> None:
