@@ -110,7 +110,11 @@ class Run:
         found = self.database.trials(
             problem=problem, device_key=self.device.key, policy=self.policy
         )
-        return [record for record in found if self.is_current(record)]
+        return [
+            record
+            for record in found
+            if self.is_current(record) and not record.reason.startswith(DOUBTFUL)
+        ]
 
     def is_current(self, record: Record) -> bool:
         """Whether a record's template is one of ours and unchanged since."""
