@@ -78,7 +78,8 @@ class Evaluator:
 
         Returns:
             "outcome", "measurements" and "rounds" (name -> medians in microseconds), and
-            "provider": the name under which PyTorch's best is among them, or None.
+            "provider": the name under which PyTorch's best is among them, or None. If one was no
+            longer right after it was timed, "outcome" "wrong_result" and "wrong", name -> why.
         """
         self._used = True
         return self._guarded(request, partial(self._finals, request))
@@ -134,16 +135,25 @@ class Evaluator:
         }
 
     def _finals(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        from autoflash.tuning import reference
+
         bench = self._bench_for(request)
-        calls: dict[str, Callable[[], object]] = {
-            name: bench.call(bench.build(source)) for name, source in request["sources"].items()
-        }
+        ours = {name: bench.call(bench.build(s)) for name, s in request["sources"].items()}
+        calls: dict[str, Callable[[], object]] = dict(ours)
         provider, peer = bench.best_of_torch()
         if provider is not None and peer is not None:
             calls[provider] = peer
         timed = bench.timer.interleave(
             calls, rounds=request["rounds"], budget_ms=request["finals_ms"], min_calls=1
         )
+        wrong = {}
+        for name, call in ours.items():
+            still = reference.check_timed(call, bench.inputs, bench.device, seed=request["seed"])
+            if not still.ok:
+                wrong[name] = still.reason
+        if wrong:
+            reason = "; ".join(wrong.values())
+            return {"outcome": "wrong_result", "reason": reason, "wrong": wrong, "exiting": True}
         return {
             "outcome": "ok",
             "measurements": {name: timed[name].to_dict() for name in timed},

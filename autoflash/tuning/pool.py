@@ -79,9 +79,7 @@ class Pool:
                 for _ in range(jobs)
             ],
             "device": [
-                Process(
-                    "device", runner, memory_bytes=None if on_gpu else most, command=command
-                )
+                Process("device", runner, memory_bytes=None if on_gpu else most, command=command)
             ],
         }
         self._queues: dict[str, deque[_Job]] = {role: deque() for role in self._processes}

@@ -54,6 +54,10 @@ def _check(kind: str, outcome: str, request: Mapping[str, Any], reply: Mapping[s
             raise ValueError(f"an error ratio of {ratio}")
     elif kind == "finals" and outcome == "ok":
         _finals(request, reply)
+    elif kind == "finals" and "wrong" in reply:
+        wrong = _object(reply["wrong"], "wrong")
+        if not wrong.keys() <= request["sources"].keys():
+            raise ValueError(f"unasked sources {sorted(wrong)} are wrong")
 
 
 def _finals(request: Mapping[str, Any], reply: Mapping[str, Any]) -> None:

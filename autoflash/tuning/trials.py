@@ -241,15 +241,7 @@ class Trials:
         # In the order of proposals, whichever was compiled first: the default comes first.
         self._running = min(self._ready, key=lambda candidate: candidate.number)
         self._ready.remove(self._running)
-        request = {
-            "kind": "evaluate",
-            "source": wire.source_to_dict(self._running.source),
-            "problem": self.problem.to_dict(),
-            "device": run.device.to_dict(),
-            "seed": run.seed,
-            "timing_ms": run.effort.timing_ms,
-            "best_us": self.best_us,
-        }
+        request = evaluate_request(run, self.problem, self._running.source, self.best_us)
         timeout_s = evaluate_timeout_s(run.effort, self.problem, run.device)
         if self._warm:
             timeout_s /= 3  # the inputs and what is expected of them are there already
@@ -386,6 +378,21 @@ def compile_request(source: Source, device: Device) -> dict[str, Any]:
         "kind": "compile",
         "source": wire.source_to_dict(source),
         "device": device.to_dict(),
+    }
+
+
+def evaluate_request(
+    run: Run, problem: Problem, source: Source, best_us: float | None
+) -> dict[str, Any]:
+    """What a device worker is sent to check and time one candidate."""
+    return {
+        "kind": "evaluate",
+        "source": wire.source_to_dict(source),
+        "problem": problem.to_dict(),
+        "device": run.device.to_dict(),
+        "seed": run.seed,
+        "timing_ms": run.effort.timing_ms,
+        "best_us": best_us,
     }
 
 

@@ -1,7 +1,7 @@
 """Worker: the process that compiles candidates or runs them; it may be killed at any moment.
 
-Started as `python -m autoflash.tuning.worker compile|device BYTES`, where BYTES is the memory it may
-take, 0 for no limit. Reads requests from standard input and answers on what was standard output.
+Started as `python -m autoflash.tuning.worker compile|device BYTES`, BYTES being the memory that it
+may take, or 0. Reads requests from standard input and answers on what was standard output.
 Kernels and compilers that print reach standard error.
 """
 

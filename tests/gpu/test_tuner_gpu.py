@@ -17,7 +17,7 @@ from autoflash.tuning.tuner import tune
 
 pytestmark = pytest.mark.gpu
 
-FAULTY = Catalog.load(Path(__file__).parents[1] / "data" / "faulty")
+FAULTY = Catalog.load(Path(__file__).parents[1] / "faults" / "templates")
 
 
 def test_a_poisoned_context_and_a_hang_cost_one_trial_each() -> None:

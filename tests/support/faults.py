@@ -1,0 +1,51 @@
+"""What do tests of faults and of honesty share? Templates with faults to order, runs, processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from autoflash.codegen.catalog import Catalog
+from autoflash.config import Config
+from autoflash.problem import Problem
+from autoflash.tuning.effort import EFFORTS
+from autoflash.tuning.process import family
+
+TEMPLATES = Path(__file__).parents[1] / "faults" / "templates"
+PROBLEM = Problem.parse("b1s48h2/2d16c-float32")
+EFFORT = dataclasses.replace(
+    EFFORTS["quick"], seconds=None, evaluate_timeout_s=9.0, timing_ms=5.0, finals_ms=5.0
+)
+
+
+def catalog() -> Catalog:
+    return Catalog.load(TEMPLATES)
+
+
+def config(fault: str = "none", delay_us: int = 0, twin: int = 0, name: str = "a") -> Config:
+    """A config of cpp/naive; the default takes 3 ms a call."""
+    tunables = {"delay_us": delay_us, "fault": fault, "twin": twin, "name": name}
+    return Config.of("cpp/naive", tunables)
+
+
+def gone(pid: int, within_s: float = 10.0) -> bool:
+    """Whether a process, its session and all below it are gone in time."""
+    limit = time.monotonic() + within_s
+    while family(pid) and time.monotonic() < limit:
+        time.sleep(0.02)
+    return not family(pid)
+
+
+def children(pid: int) -> list[int]:
+    """Processes with this parent, zombies left out."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[1]) == pid and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
