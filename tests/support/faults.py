@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from autoflash.codegen.catalog import Catalog
 from autoflash.config import Config
 from autoflash.problem import Problem
 from autoflash.tuning.effort import EFFORTS
 from autoflash.tuning.process import family
+
+if TYPE_CHECKING:
+    from autoflash.record import Record
+    from autoflash.tuning.progress import TuneResult
 
 TEMPLATES = Path(__file__).parents[1] / "faults" / "templates"
 PROBLEM = Problem.parse("b1s48h2/2d16c-float32")
@@ -49,3 +55,19 @@ def children(pid: int) -> list[int]:
             if int(fields[1]) == pid and fields[0] != "Z":
                 found.append(int(entry.name))
     return found
+
+
+@cache
+def swept() -> tuple[TuneResult, dict[Config, Record], tuple[Record, ...]]:
+    """A run over every config of cpp/naive, on this CPU: result, last record of each, all."""
+    from autoflash import device
+    from autoflash.database import Database
+    from autoflash.tuning.tuner import tune
+
+    with Database.open("sqlite://") as database:
+        (result,) = tune(
+            [PROBLEM], device.for_arch("cpu"), database=database, effort=EFFORT, catalog=catalog()
+        )
+        records = tuple(database.trials())
+        assert database.runs()[0]["status"] == "done"
+    return result, {record.config: record for record in records}, records

@@ -346,7 +346,7 @@ def test_finals_that_fail_once_are_repeated(database: Database) -> None:
 
 def test_finals_that_keep_failing_leave_no_winner(database: Database) -> None:
     workers = Pretend()
-    workers.finals_faults += [{"outcome": "crash", "reason": "killed by SIGKILL"}] * 2
+    workers.finals_faults += [{"outcome": "crash", "reason": "killed by SIGKILL"}] * 6
     (result,) = run(database, workers)
     assert (result.status, result.best.config) == ("partial", config(2, 1))
     assert "SIGKILL" in result.reason
