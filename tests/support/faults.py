@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parents[1] / "faults" / "templates"
 PROBLEM = Problem.parse("b1s48h2/2d16c-float32")
 EFFORT = dataclasses.replace(
-    EFFORTS["quick"], seconds=None, evaluate_timeout_s=9.0, timing_ms=5.0, finals_ms=5.0
+    EFFORTS["quick"],
+    trials=100,
+    seconds=None,
+    evaluate_timeout_s=9.0,
+    timing_ms=5.0,
+    finals_ms=5.0,
 )
 
 
