@@ -105,8 +105,11 @@ def test_a_compiler_that_takes_all_memory_fails_alone(compiler: Compiler, cache_
         process.close()
 
 
-def test_a_run_goes_on_past_a_compiler_that_hangs(compiler: Compiler) -> None:
+def test_a_run_goes_on_past_a_compiler_that_hangs(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiler("sleep 300")
+    monkeypatch.setattr("autoflash.tuning.process.START_S", 10.0)
     effort = dataclasses.replace(EFFORT, compile_timeout_s=12.0)
     template = "cpp/naive"
     with Database.open("sqlite://") as database:
