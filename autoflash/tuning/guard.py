@@ -10,6 +10,9 @@ import select
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
+
+from autoflash.tuning.process import family
 
 LEAST_MEMORY_BYTES = 4 << 30
 """PyTorch, the stacks of its threads and a compiler's heap have room in this."""
@@ -42,8 +45,6 @@ def set_limits(memory_bytes: int | None) -> None:
         # If memory runs out all the same, the kernel ends a worker, never the tuner.
         with contextlib.suppress(OSError):
             _OOM_SCORE_ADJ.write_text("1000", encoding="ascii")
-        # What a compiler sends into the background stays below this process, where it is found.
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _lower(kind: int, value: int) -> None:
@@ -53,45 +54,63 @@ def _lower(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value, hard))
 
 
-def die_with_parent(role: str, requests: int) -> None:
-    """End this process, and all it started, when the tuner is gone, however it went.
+def enter(role: str) -> None:
+    """Go on in a child of this process, which stays behind and watches.
 
-    The tuner's end of the pipe closes even if it was killed. A child of this process waits for
-    that: a thread could not, where a compiler or a launch that hangs holds the interpreter. A
-    signal at the parent's death would come first and leave the compilers that ninja started; only
-    the device worker, which starts none, asks for one besides.
+    The tuner's end of the pipe closes however the tuner ends, and whoever watches then kills the
+    worker and all that it started. A thread could not: a launch or a compiler that hangs may hold
+    the interpreter. When the worker dies its watcher clears up after it, and ends as it ended.
 
     Args:
         role: "compile" or "device".
-        requests: the read end of the tuner's pipe.
     """
+    watcher = os.getpid()
+    if sys.platform == "linux":
+        # What a compiler sends into the background stays below this process, where it is found.
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    worker = os.fork()
+    if worker:
+        _watch(worker)
     if role == "device" and sys.platform == "linux":
+        # At the watcher's own death. It starts no others, which this signal would leave behind.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    worker = os.getpid()
-    if os.fork():
-        return
-    try:
-        _watch(worker, requests)
-    finally:
-        os._exit(0)
+        if os.getppid() != watcher:
+            os._exit(1)
 
 
-def _watch(worker: int, requests: int) -> None:
-    """In the child: wait for the tuner's end, then kill the worker's session."""
-    from autoflash.tuning.process import family
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _watch(worker: int) -> NoReturn:
+    """Wait for the end of the worker or of the tuner, whichever is first, and end with it."""
     # The tuner knows a worker for dead by the end of its answers: no copy of that pipe here.
     null = os.open(os.devnull, os.O_RDWR)
-    for file in (0, 1, 2):
-        os.dup2(null, file)
-    os.closerange(3, requests)
-    os.closerange(requests + 1, 256)
+    os.dup2(null, 1)
+    ended, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
     poll = select.poll()
-    poll.register(requests, 0)  # POLLHUP alone, which needs no asking
-    poll.poll()
+    poll.register(0, 0)  # POLLHUP alone, which needs no asking
+    poll.register(ended, select.POLLIN)
+    status = None
+    while status is None:
+        with contextlib.suppress(ChildProcessError):
+            # Before the poll: the worker may have ended before the signal was asked for.
+            found, code = os.waitpid(worker, os.WNOHANG)
+            if found:
+                status = code
+                break
+        for file, _ in poll.poll():
+            if file == 0:
+                status = 1 << 8
+            else:
+                os.read(ended, 1 << 10)
     for _ in range(2):  # a process may fork between the look and the kill
-        for pid in family(worker):
+        for pid in family(os.getpid()):
             if pid != os.getpid():
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    os._exit(os.WEXITSTATUS(status))

@@ -23,6 +23,7 @@ Handler = Callable[[Mapping[str, Any]], dict[str, Any]]
 def main(role: str, memory_bytes: int | None = None) -> None:
     """Answer requests until standard input is closed."""
     guard.set_limits(memory_bytes)
+    guard.enter(role)
     requests = os.fdopen(os.dup(0), "rb")
     replies = os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -30,7 +31,6 @@ def main(role: str, memory_bytes: int | None = None) -> None:
     os.dup2(2, 1)
     sys.stdout = sys.stderr
     faulthandler.enable()
-    guard.die_with_parent(role, requests.fileno())
     handlers = _handlers(role)
     while (request := wire.read(requests)) is not None:
         reply = {**_answer(handlers, request), "id": request.get("id")}

@@ -129,8 +129,8 @@ def misbehave(fault: str | None, reply: dict, number: int) -> dict:
 
 
 def main(role: str) -> None:
+    guard.enter(role)
     requests = os.fdopen(os.dup(0), "rb")
-    guard.die_with_parent(role, requests.fileno())
     while (request := wire.read(requests)) is not None:
         reply = answer(request)
         if reply:

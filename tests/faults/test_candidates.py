@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import pytest
-from support.faults import config, swept
+from support.faults import PROBLEM, catalog, config, lives, swept
+
+from autoflash import device, settings
+from autoflash.tuning import wire
+from autoflash.tuning.process import Process, environment
 
 pytestmark = pytest.mark.slow
 
@@ -74,3 +81,23 @@ def test_a_crash_in_a_process_that_was_used_is_tried_in_a_fresh_one() -> None:
         assert last[record.config] is not record
         assert not last[record.config].reason.startswith("to be run again: ")
     assert len(every) == len(last) + len(doubtful)
+
+
+def test_what_a_kernel_left_in_the_background_dies_with_its_worker(tmp_path: Path) -> None:
+    cpu = device.for_arch("cpu")
+    source = catalog().get("cpp/naive").render(config("background"), PROBLEM, cpu)
+    request = {
+        "kind": "evaluate", "source": wire.source_to_dict(source), "problem": PROBLEM.to_dict(),
+        "device": cpu.to_dict(), "seed": 0, "timing_ms": 2.0, "best_us": None,
+    }  # fmt: skip
+    env = environment(cache_dir=settings.get().cache_dir, visible=None, scratch=tmp_path)
+    process = Process("device", env)
+    try:
+        process.submit(request, 60.0)
+        while (reply := process.poll()) is None:
+            time.sleep(0.01)
+    finally:
+        process.close()
+    assert (reply["outcome"], reply["reason"]) == ("crash", "the worker exited with status 4")
+    (child,) = (tmp_path / "background").read_text().split()
+    assert not lives(int(child))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.faults import EFFORT, PROBLEM, catalog, config, gone
+from support.faults import EFFORT, PROBLEM, catalog, config, gone, lives
 
 from autoflash import device, errors
 from autoflash.database import Database
@@ -75,19 +75,11 @@ def test_a_compiler_that_hangs_dies_with_children_in_sessions_of_their_own(
         assert reply["outcome"] == "timeout"
         assert len(seen) >= 8  # worker, watcher, ninja, shells, compiler and four sleepers
         assert gone(leader)
-        assert not any(_lives(pid) for pid in seen)
+        assert not any(lives(pid) for pid in seen)
         # The next one is compiled by a process that is as new.
         assert answer(process, request_for("none"), 60.0)["outcome"] == "ok"
     finally:
         process.close()
-
-
-def _lives(pid: int) -> bool:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return False
-    return fields[0] != "Z"
 
 
 def test_a_compiler_that_takes_all_memory_fails_alone(compiler: Compiler, cache_dir: Path) -> None:

@@ -48,6 +48,15 @@ def gone(pid: int, within_s: float = 10.0) -> bool:
     return not family(pid)
 
 
+def lives(pid: int) -> bool:
+    """Whether a process is there and no zombie: what its parent has not noticed yet is dead."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    return fields[0] != "Z"
+
+
 def children(pid: int) -> list[int]:
     """Processes with this parent, zombies left out."""
     found = []
