@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from autoflash.tuning.progress import TuneResult
 
 TEMPLATES = Path(__file__).parents[1] / "faults" / "templates"
+PLANE = Catalog.load(Path(__file__).parents[1] / "data" / "plane")
+Tune = Callable[..., "list[TuneResult]"]
+"""Tunes with a pretended device: faults first, then problems and options of `tune`."""
 PROBLEM = Problem.parse("b1s48h2/2d16c-float32")
 EFFORT = dataclasses.replace(
     EFFORTS["quick"],

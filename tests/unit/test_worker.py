@@ -43,7 +43,9 @@ def worker(request: pytest.FixtureRequest) -> Iterator[Process]:
 
 def render(cpu: Device, fault: str = "none", delay_us: int = 0) -> Source:
     template = Catalog.load(FAULTY).get("cpp/naive")
-    config = Config.of(template.name, {"fault": fault, "delay_us": delay_us, "twin": 0, "name": "a"})
+    config = Config.of(
+        template.name, {"fault": fault, "delay_us": delay_us, "twin": 0, "name": "a"}
+    )
     return template.render(config, PROBLEM, cpu)
 
 
