@@ -29,6 +29,7 @@ __all__ = [
     "make_case",
     "make_inputs",
     "naive",
+    "prepare",
 ]
 
 
@@ -113,6 +114,14 @@ def check(kernel: Kernel, problem: Problem, device: Device, *, seed: int = 0) ->
                 return verdict
         case = _intact(_make_last, Stress(problem), device, seed)
         return _check(kernel, case, as_before, lse=True, twice=True)
+
+
+def prepare(problem: Problem, device: Device, *, seed: int = 0) -> None:
+    """Make what `check` needs for a problem, unless it is there."""
+    with _one_thread():
+        for stress in stress_cases(problem):
+            _make_small(stress, device, seed)
+        _make_last(Stress(problem), device, seed)
 
 
 def check_timed(

@@ -53,8 +53,7 @@ FAULTS = {
     cuda("assert"): (("runtime_error",), ""),
     cuda("trap"): (("runtime_error",), ""),
     cuda("huge"): (("runtime_error",), "out of memory"),
-    # It may come through, for what it takes nobody else wants before its end.
-    cuda("leak"): (("runtime_error", "ok", "slow", "crash"), ""),
+    cuda("leak"): (("runtime_error",), "memory"),
     cuda("part"): (("wrong_result",), "left unwritten"),
     cuda("stale"): (("wrong_result",), "after timing"),
     cuda("once"): (("wrong_result",), "after timing"),
