@@ -51,7 +51,8 @@ def _lower(kind: int, value: int) -> None:
     _, hard = resource.getrlimit(kind)
     if hard != resource.RLIM_INFINITY:
         value = min(value, hard)
-    resource.setrlimit(kind, (value, hard))
+    with contextlib.suppress(OSError, ValueError):  # some sandboxes know no such limit
+        resource.setrlimit(kind, (value, hard))
 
 
 def enter(role: str) -> None:
