@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from autoflash.codegen.catalog import Catalog, installed
 from autoflash.config import Config
 from autoflash.device import Device
 from autoflash.dispatch_table import TURNS, DispatchTable, Family, Probe
-from autoflash.errors import InvalidInput
+from autoflash.errors import DatabaseError, InvalidInput
 from autoflash.problem import Problem
 from autoflash.record import Record
 from autoflash.tuning import effort as efforts
@@ -113,6 +113,7 @@ def generalise(
         ToolchainMissing: nothing can be built for want of a compiler.
         CacheError: another process tunes this device, or the cache cannot be written.
         WorkerError: the device does not work.
+        DatabaseError: the database cannot be used, or not everything could be stored in the end.
     """
     known = catalog or installed()
     chosen = known.templates if templates is None else {n: known.get(n) for n in templates}
@@ -222,7 +223,9 @@ class _Generalising:
         finally:
             run.workers.close()
             if run.number is not None:
-                run.database.finish_run(run.number, status)
+                with suppress(DatabaseError):
+                    run.database.finish_run(run.number, status)
+            run.ledger.close()
         return [self._conclude(work, reason) for work in self._families]
 
     def _measure(self) -> None:

@@ -15,13 +15,14 @@ from autoflash.config import Config
 from autoflash.errors import AutoflashError, TemplateError
 from autoflash.problem import Problem
 from autoflash.record import Measurement, Record
-from autoflash.tuning import finals, wire
+from autoflash.tuning import finals
 from autoflash.tuning.predict import over_resources
-from autoflash.tuning.run import Run, now
+from autoflash.tuning.run import DOUBTFUL, KILLS, Run, now
 from autoflash.tuning.trials import (
     CANARIES,
     compile_request,
     device_failed,
+    evaluate_request,
     evaluate_timeout_s,
     explain,
 )
@@ -91,6 +92,7 @@ class Shapes:
             config
             for config in winners
             if config.template in accepting
+            and not run.is_barred(config)
             and accepting[config.template].broken(config, problem, run.device) is None
         ]
         sources: dict[Config, Source] = {}
@@ -101,7 +103,7 @@ class Shapes:
                 if config == ranked[0]:
                     raise
                 record = run.record(problem, config, "compile_error", reason=str(error))
-                run.database.add(record, run.number)
+                run.ledger.trial(record, run.number)
         return Shape(problem, ranked[0], sources)
 
     # Compiling ----------------------------------------------------------------------------------
@@ -125,9 +127,7 @@ class Shapes:
         while run.workers.pending("compile"):
             for finished in run.workers.wait(0.5):
                 run.compiled[finished.key] = finished.reply
-                if name := finished.reply.get("raise"):
-                    error: AutoflashError = getattr(errors, name)(finished.reply["reason"])
-                    raise error
+                _raise(finished.reply)
             if self._end is not None and time.monotonic() > self._end:
                 run.workers.cancel("compile")
         run.compiled = {digest: reply for digest, reply in run.compiled.items() if reply}
@@ -165,66 +165,75 @@ class Shapes:
             self._add(row, digest, outcome, reason=reason, resources=resources)
             return
         so_far = [r.latency_us for r in row.records.values() if r.outcome in _TIMED]
-        request = {
-            "kind": "evaluate",
-            "source": wire.source_to_dict(source),
-            "problem": problem.to_dict(),
-            "device": run.device.to_dict(),
-            "seed": run.seed,
-            "timing_ms": min(_TRIALS_MS, run.effort.timing_ms),
-            "best_us": min(filter(None, so_far), default=None),
-        }
-        timeout_s = evaluate_timeout_s(run.effort, problem, run.device)
-        reply = finals.ask(run, request, timeout_s, tries=1)
+        request = evaluate_request(run, problem, source, min(filter(None, so_far), default=None))
+        request["timing_ms"] = min(_TRIALS_MS, run.effort.timing_ms)
+        is_default = row.shape.default in row.shape.by_source[digest]
+        reply = self._ask(request)
+        if _is_doubtful(reply, is_default):
+            reply = self._ask(request)
         measurement = reply.get("measurement")
         self._add(
             row, digest, reply["outcome"], reason=explain(reply), resources=resources,
             measurement=Measurement.from_dict(measurement) if measurement else None,
             error_ratio=reply.get("error_ratio"),
         )  # fmt: skip
-        if reply["outcome"] in ("timeout", "crash") or reply.get("exiting"):
+
+    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The worker's answer on one candidate; whatever it did, the next finds a good process."""
+        run = self._run
+        timeout_s = evaluate_timeout_s(
+            run.effort, Problem.from_dict(request["problem"]), run.device
+        )
+        reply = finals.ask(run, request, timeout_s, tries=1)
+        _raise(reply)
+        if reply["outcome"] in KILLS or reply.get("exiting"):
             greet(run)
+        return reply
 
     def _turns(self, row: _Row) -> Times:
         """Time what is left in turns, and store everything that is known of the shape."""
         run, shape = self._run, row.shape
-        left = [digest for digest, record in row.records.items() if record.outcome == "ok"]
-        if len(left) > 1:
-            by_source = shape.by_source
-            request = {
-                "kind": "finals",
-                "sources": {
-                    digest: wire.source_to_dict(shape.sources[by_source[digest][0]])
-                    for digest in left
-                },
-                "problem": shape.problem.to_dict(),
-                "device": run.device.to_dict(),
-                "seed": run.seed,
-                "rounds": run.effort.rounds,
-                "finals_ms": run.effort.finals_ms,
-                "torch": False,
+        by_source = shape.by_source
+        reply: dict[str, Any] = {"outcome": "ok"}
+        for _ in range(finals.ATTEMPTS):
+            left = {
+                by_source[digest][0]: digest
+                for digest, record in row.records.items()
+                if record.outcome == "ok"
             }
-            timeout_s = evaluate_timeout_s(run.effort, shape.problem, run.device)
-            reply = finals.ask(run, request, timeout_s * (2 + len(left)))
-            for digest in left:
-                record = row.records[digest]
-                if reply["outcome"] == "ok":
-                    took = Measurement.from_dict(reply["measurements"][digest])
-                    row.records[digest] = dataclasses.replace(record, measurement=took)
-                else:
+            if len(left) < 2:
+                reply = {"outcome": "ok"}
+                break
+            best_us = min(row.records[digest].latency_us or 0.0 for digest in left.values())
+            configs, rounds = list(left), run.effort.rounds
+            reply = finals.turns(
+                run, shape.problem, configs, rounds=rounds, best_us=best_us, torch=False
+            )
+            _raise(reply)
+            if reply["outcome"] == "ok":
+                for number, digest in enumerate(left.values()):
+                    took = Measurement.from_dict(reply["measurements"][str(number)])
+                    row.records[digest] = dataclasses.replace(row.records[digest], measurement=took)
+                break
+            greet(run)
+            for config, failure in finals.guilty(run, shape.problem, configs, reply).items():
+                row.records[left[config]] = dataclasses.replace(failure, created=row.created)
+        if reply["outcome"] != "ok":
+            # None of them fails alone. Measured one by one, their times could not be compared.
+            why = f"{DOUBTFUL}in turns: {explain(reply)}"
+            for digest, record in row.records.items():
+                if record.outcome == "ok":
                     row.records[digest] = dataclasses.replace(
-                        record, outcome=reply["outcome"], reason=f"in turns: {explain(reply)}",
-                        measurement=None,
-                    )  # fmt: skip
-            if reply["outcome"] != "ok":
-                greet(run)
+                        record, outcome=reply["outcome"], reason=why, measurement=None
+                    )
         records = [
             dataclasses.replace(row.records[digest], config=config)
-            for digest, configs in shape.by_source.items()
+            for digest, configs in by_source.items()
             for config in configs
         ]
         for record in records:
-            run.database.add(record, run.number)
+            run.ledger.trial(record, run.number)
+            run.note(record)
         return _times(records)
 
     def _add(self, row: _Row, digest: str, outcome: str, **facts: Any) -> None:
@@ -259,6 +268,20 @@ def greet(run: Run) -> None:
             run.environment = reply["environment"]
             return
     raise device_failed(run.device, reply)
+
+
+def _is_doubtful(reply: Mapping[str, Any], is_default: bool) -> bool:
+    """Whether a failure may be another's fault; without its default a shape is worth nothing."""
+    if reply["outcome"] == "timeout":
+        return is_default
+    return reply["outcome"] == "crash" or bool(reply.get("again"))
+
+
+def _raise(reply: Mapping[str, Any]) -> None:
+    """Raise what is no candidate's fault: no compiler, or a cache that cannot be written."""
+    if name := reply.get("raise"):
+        error: AutoflashError = getattr(errors, name)(reply["reason"])
+        raise error
 
 
 def _times(records: Iterable[Record]) -> dict[Config, float | None]:

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from autoflash import build, settings
@@ -14,7 +14,7 @@ from autoflash.build import cache
 from autoflash.codegen.catalog import Catalog, installed
 from autoflash.codegen.template import Template
 from autoflash.device import Device
-from autoflash.errors import InvalidInput
+from autoflash.errors import DatabaseError, InvalidInput
 from autoflash.problem import Problem
 from autoflash.record import Record
 from autoflash.tuning import effort as efforts
@@ -108,6 +108,7 @@ def tune(
         ToolchainMissing: nothing can be built for want of a compiler.
         CacheError: another process tunes this device, or the cache cannot be written.
         WorkerError: the device does not work, or none of several does.
+        DatabaseError: the database cannot be used, or not everything could be stored in the end.
     """
     wanted = list(dict.fromkeys(problems))
     _check(wanted, max_trials, max_seconds)
@@ -200,7 +201,10 @@ class _Tuning:
         finally:
             run.workers.close()
             if run.number is not None:
-                run.database.finish_run(run.number, status)
+                # Without this note a run is taken for one that was killed: nothing is lost by that.
+                with suppress(DatabaseError):
+                    run.database.finish_run(run.number, status)
+                run.ledger.close()
         return results
 
     def begin(self, command: str) -> int:
@@ -282,7 +286,7 @@ class _Tuning:
             )  # fmt: skip
         if verdict.reason:
             return self._result("partial", trials, verdict.best, verdict.reason)
-        run.database.set_best(verdict.best)
+        run.ledger.winner(verdict.best)
         return self._result("improved" if verdict.improved else "unimproved", trials, verdict.best)
 
     def _rank(self, index: int, problem: Problem) -> TuneResult:
@@ -296,7 +300,7 @@ class _Tuning:
         best = found.best
         if best is None:
             return self._result("invalid", found, None, _why_invalid(found))
-        run.database.set_best(best)
+        run.ledger.winner(best)
         count = len(found.records)
         scope = "all" if count >= found.feasible else f"the {count} most promising of"
         return self._result(
@@ -312,8 +316,9 @@ class _Tuning:
         return TuneResult(problem=problem, status="partial", best=None, reason=reason)
 
     def close(self) -> None:
-        """End the worker."""
+        """End the worker, and store what waits for room."""
         self._run.workers.close()
+        self._run.ledger.close()
 
     def lost(self, index: int, message: str) -> None:
         """Tell that the device has failed while it had that problem."""

@@ -21,7 +21,7 @@ from autoflash.tuning.effort import EFFORTS
 from autoflash.tuning.process import environment, session_members
 from autoflash.tuning.tuner import Event, tune
 
-FAULTY = Path(__file__).parents[1] / "data" / "faulty"
+FAULTY = Path(__file__).parents[1] / "faults" / "templates"
 PROBLEMS = [Problem.parse(f"b1s48h{heads}d16c-float32") for heads in (2, 3)]
 EFFORT = dataclasses.replace(
     EFFORTS["quick"], seconds=None, evaluate_timeout_s=9.0, timing_ms=5.0, finals_ms=5.0

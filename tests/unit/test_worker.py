@@ -23,7 +23,7 @@ from autoflash.tuning import wire
 from autoflash.tuning.pool import Finished, Pool
 from autoflash.tuning.process import Process, environment, session_members
 
-FAULTY = Path(__file__).parents[1] / "data" / "faulty"
+FAULTY = Path(__file__).parents[1] / "faults" / "templates"
 PROBLEM = Problem.parse("b1s48h2/2d16c-float32")
 
 
@@ -43,7 +43,9 @@ def worker(request: pytest.FixtureRequest) -> Iterator[Process]:
 
 def render(cpu: Device, fault: str = "none", delay_us: int = 0) -> Source:
     template = Catalog.load(FAULTY).get("cpp/naive")
-    config = Config.of(template.name, {"fault": fault, "delay_us": delay_us, "twin": 0})
+    config = Config.of(
+        template.name, {"fault": fault, "delay_us": delay_us, "twin": 0, "name": "a"}
+    )
     return template.render(config, PROBLEM, cpu)
 
 
