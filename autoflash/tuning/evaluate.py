@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from autoflash import build
 from autoflash.build.kernel import Kernel
@@ -24,6 +25,15 @@ FIRST_RUNG_CALLS, FIRST_RUNG_RATIO = 3, 3.0
 """After so few calls, a config so much slower than the best so far is dropped."""
 SECOND_RUNG_SHARE, SECOND_RUNG_RATIO = 0.25, 1.3
 """Likewise after that share of the full timing."""
+
+
+class Measuring(Protocol):
+    """What `race` asks of a timer; a replay puts a recorded one here."""
+
+    def measure(
+        self, call: Callable[[], object], *, budget_ms: float = ..., min_calls: int = ...
+    ) -> Measurement:
+        """Time one call alone."""
 
 
 class Evaluator:
@@ -72,6 +82,20 @@ class Evaluator:
         """
         return self._guarded(request, partial(self._finals, request))
 
+    def survey(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """What `evaluate` does, telling how long each step took: for tables to replay.
+
+        Args:
+            request: as for `evaluate`; "check" says whether the check is made, "do_bench" whether
+                the kernel is also timed as triton.autotune would.
+
+        Returns:
+            "outcome", "reason", "load_s" (the inputs of a new problem included), "check_s",
+            "rungs" (median, p20, p80, count, seconds) and "do_bench" (microseconds, seconds), as
+            far as it came.
+        """
+        return self._guarded(request, partial(self._survey, request))
+
     def _guarded(
         self, request: Mapping[str, Any], run: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
@@ -109,6 +133,30 @@ class Evaluator:
             "measurement": measurement.to_dict(),
             "error_ratio": error_ratio,
         }
+
+    def _survey(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        from autoflash.tuning import reference
+
+        began = time.perf_counter()
+        bench = self._bench_for(request)
+        kernel = bench.build(request["source"])
+        reply: dict[str, Any] = {"load_s": time.perf_counter() - began}
+        if request["check"]:
+            began = time.perf_counter()
+            check = reference.check(kernel, bench.problem, bench.device, seed=request["seed"])
+            reply["check_s"] = time.perf_counter() - began
+            if not check.ok:
+                return {**reply, "outcome": "wrong_result", "reason": check.reason}
+        call, stopwatch = bench.call(kernel), _Stopwatch(bench.timer)
+        outcome, reason, _ = race(stopwatch, call, request["timing_ms"], request["best_us"])
+        reply |= {"outcome": outcome, "reason": reason, "rungs": stopwatch.rungs}
+        if request["do_bench"]:
+            from triton.testing import do_bench
+
+            began = time.perf_counter()
+            median_ms = do_bench(call, quantiles=(0.5, 0.2, 0.8))[0]
+            reply["do_bench"] = [1000 * median_ms, time.perf_counter() - began]
+        return reply
 
     def _finals(self, request: Mapping[str, Any]) -> dict[str, Any]:
         bench = self._bench_for(request)
@@ -192,8 +240,25 @@ class _Bench:
         return None, None
 
 
+class _Stopwatch:
+    """A timer that notes what it measured and how long that took, warm-up included."""
+
+    def __init__(self, timer: Timer) -> None:
+        self.rungs: list[list[float]] = []
+        self._timer = timer
+
+    def measure(
+        self, call: Callable[[], object], *, budget_ms: float = 25.0, min_calls: int = 3
+    ) -> Measurement:
+        began = time.perf_counter()
+        taken = self._timer.measure(call, budget_ms=budget_ms, min_calls=min_calls)
+        seconds = time.perf_counter() - began
+        self.rungs.append([taken.latency_us, taken.p20_us, taken.p80_us, taken.count, seconds])
+        return taken
+
+
 def race(
-    timer: Timer, call: Callable[[], object], timing_ms: float, best_us: float | None
+    timer: Measuring, call: Callable[[], object], timing_ms: float, best_us: float | None
 ) -> tuple[str, str, Measurement]:
     """Time a call in three rungs, each longer than the one before, and stop when it has lost.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -165,6 +166,13 @@ def is_present(device: Device) -> bool:
     if not device.is_cuda:
         return device.key == devices.for_arch("cpu").key
     return device.key == devices.native().key
+
+
+def visible_gpu(device: Device) -> str | None:
+    """CUDA_VISIBLE_DEVICES of the worker: the one GPU that Device facts are read from."""
+    if not device.is_cuda:
+        return None
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0] or None
 
 
 def now() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from autoflash.tuning.plan import Plan, TemplatePlan, plan
 from autoflash.tuning.pool import Pool, Workers
 from autoflash.tuning.predict import MODEL
 from autoflash.tuning.progress import STATUSES, Event, Listener, TuneResult
-from autoflash.tuning.run import Run, is_present
+from autoflash.tuning.run import Run, is_present, visible_gpu
 from autoflash.tuning.timing import policy_for
 from autoflash.tuning.trials import CANARIES, Report, Trials, device_failed
 
@@ -111,7 +110,7 @@ def tune(
     jobs = build.jobs_within_memory(settings.get().jobs, languages, device)
     with ExitStack() as stack:
         root = cache.root()
-        visible = _visible(device)
+        visible = visible_gpu(device)
         if present and workers is None:
             stack.enter_context(device_lock(device, visible, root))
         if workers is None:
@@ -328,13 +327,6 @@ def _chosen(catalog: Catalog, names: Sequence[str] | None) -> Mapping[str, Templ
     if names is None:
         return catalog.templates
     return {name: catalog.get(name) for name in names}
-
-
-def _visible(device: Device) -> str | None:
-    """CUDA_VISIBLE_DEVICES of the worker: the one GPU that Device facts are read from."""
-    if not device.is_cuda:
-        return None
-    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0] or None
 
 
 def _why_invalid(trials: Trials | Predictions) -> str:
