@@ -5,8 +5,8 @@ python benchmarks/sweep.py --problems b4s4096h16d128c --templates 'gluon/*,trito
 
 One table per problem, one line per config: outcome, what every rung of the race measured and how
 long it took, seconds to compile, to load and to check. Compilers work beside the device, as in a
-search, and like there a config is dropped from a rung once it has lost by the same rule. Each source
-is checked for correctness once, and the first configs of each problem.
+search, and as there a config goes no further in the race once it has lost. Each source is checked
+for correctness once, and the first configs of each problem.
 
 It stops when the time is up; run it again with the same arguments and it goes on from there.
 """

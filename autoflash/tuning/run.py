@@ -18,6 +18,7 @@ from autoflash.problem import Problem
 from autoflash.record import Measurement, Record
 from autoflash.tuning.effort import Effort
 from autoflash.tuning.pool import Workers
+from autoflash.tuning.strategy import SHIPPED, Strategy
 
 if TYPE_CHECKING:
     from autoflash.codegen.space import Space
@@ -44,6 +45,7 @@ class Run:
         environment: versions, as the device's worker reported them.
         compile_s: moving average of the seconds that one compilation takes.
         compiled: source digest -> the compiler's answer: problems of equal traits share sources.
+        strategy: how the search goes about it; any but the shipped one is for comparisons.
     """
 
     device: Device
@@ -58,6 +60,7 @@ class Run:
     environment: Mapping[str, Any] = field(default_factory=dict)
     compile_s: float = 3.0
     compiled: dict[str, dict[str, Any]] = field(default_factory=dict)
+    strategy: Strategy = SHIPPED
 
     def accepting(self, problem: Problem) -> list[Template]:
         """The templates that take this problem on this device."""
