@@ -21,7 +21,7 @@ _GAIN = 0.01
 """An improvement that counts, likewise in standard deviations: less is noise."""
 _FAILED = 0.1
 """A failure counts as so much slower (in logarithms) than the slowest."""
-_HOPELESS = 0.7
+_HOPELESS = 0.25
 """What is slower than the best by this much counts as if it were no slower: how bad a bad config is
 says nothing about which of the good ones is best."""
 _REFIT = 1.15
