@@ -9,9 +9,11 @@ and of each rung of the race, and the latency; for every Nth config, the seconds
 triton.testing.do_bench takes with the arguments of triton.autotune.
 
 Computed from these: the wall time of the exhaustive sweep, which compiles with as many processes as
-the search (`pool`), or as triton.autotune does one kernel after the other (`serial`: the sum of
-seconds that were taken while others compiled), then times each kernel by do_bench and checks none.
-Configs that were not timed by do_bench count with the median of those that were.
+the search (`sweep_s`), or one kernel after the other as triton.autotune does (`serial_sweep_s`),
+then times each kernel by do_bench and checks none. Configs that were not timed by do_bench count
+with the median of those that were. Compiling takes longer while others compile: with --alone N, N
+kernels are compiled again with nothing beside them, and the seconds of the serial sweep's
+compilations are scaled by what that took.
 
 Replayed, five seeds: autoflash's search and plain Optuna TPE without racing, through the tuner's
 own loop on a simulated clock, each problem alone and with nothing compiled before. What the search
@@ -33,18 +35,23 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from autoflash import device as devices
 from autoflash import settings
+from autoflash.build import cache
+from autoflash.codegen import catalog
 from autoflash.errors import AutoflashError, InvalidInput
 from autoflash.problem import Problem
+from autoflash.tuning.pool import Pool
 from autoflash.tuning.replay import replay
 from autoflash.tuning.simulate import NEAR, Spread, serial_sweep_s, sweep_s
 from autoflash.tuning.strategy import SHIPPED, STRATEGIES
 from autoflash.tuning.table import Table, read_all
+from autoflash.tuning.trials import compile_request
 
 COMPARED = (SHIPPED.name, "tpe")
 GOAL = 0.2
@@ -57,6 +64,7 @@ def main() -> int:
     parser.add_argument("tables", type=Path, nargs="+", help="tables, or folders of them")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--real", help="problems to search for real, too, separated by commas")
+    parser.add_argument("--alone", type=int, default=0, metavar="N", help="compile N alone, too")
     parser.add_argument("--seconds", type=float, default=60.0, help="most time of each real search")
     parser.add_argument("--out", type=Path, required=True, help="a .json; the .png goes beside it")
     options = parser.parse_args()
@@ -65,10 +73,13 @@ def main() -> int:
         names = {table.header.device.name for table in tables}
         if len(names) > 1:
             raise InvalidInput(f"tables of several devices ({', '.join(sorted(names))}): give one.")
-        report = compared(tables, options.seeds)
+        alone = compile_alone(tables, options.alone) if options.alone else None
+        report = compared(tables, options.seeds, alone)
         if options.real:
             wanted = [Problem.parse(name) for name in options.real.split(",")]
-            report["real"] = [real(_of(tables, problem), options.seconds) for problem in wanted]
+            report["real"] = [
+                real(_of(tables, problem), options.seconds, alone) for problem in wanted
+            ]
     except AutoflashError as error:
         print(f"search_speed: {error}", file=sys.stderr)
         return 2
@@ -78,12 +89,72 @@ def main() -> int:
     return 0
 
 
-def compared(tables: Sequence[Table], seeds: int) -> dict[str, Any]:
-    """The sweep of every table, and the searches by each of COMPARED."""
+def compile_alone(tables: Sequence[Table], count: int) -> float:
+    """Seconds to compile kernels with nothing beside them, over those recorded; of `count` kernels.
+
+    They are taken at equal distances from all rows, and compiled in a new cache.
+    """
+    rows = [
+        (table, row)
+        for table in tables
+        for row in table.rows.values()
+        if row.compile_s and row.rungs
+    ]
+    chosen = rows[:: max(1, len(rows) // count)][:count]
+    known = catalog.installed()
+    recorded_s = taken_s = 0.0
+    with _new_cache():
+        workers = Pool(jobs=1, cache_dir=cache.root(), visible="")
+        try:
+            for table, row in chosen:
+                header = table.header
+                template = known.get(row.config.template)
+                source = template.render(row.config, header.problem, header.device)
+                request = compile_request(source, header.device)
+                workers.submit("compile", source.digest, request, 300.0)
+                (finished,) = workers.wait(600.0)
+                if finished.reply["outcome"] == "ok":
+                    taken_s += finished.reply["resources"]["compile_s"]
+                    recorded_s += row.compile_s or 0.0
+        finally:
+            workers.close()
+    if not recorded_s:
+        raise InvalidInput(
+            "no kernel of these tables could be compiled alone: no seconds were recorded, or the "
+            "templates have changed since. Leave out --alone, or record the tables again."
+        )
+    return taken_s / recorded_s
+
+
+@contextmanager
+def _new_cache() -> Iterator[Path]:
+    """An empty cache directory: what was compiled for the tables would look fast."""
+    before = os.environ.get("AUTOFLASH_CACHE_DIR")
+    with tempfile.TemporaryDirectory(prefix="autoflash-speed-") as folder:
+        os.environ["AUTOFLASH_CACHE_DIR"] = folder
+        settings.get.cache_clear()
+        try:
+            yield Path(folder)
+        finally:
+            if before is None:
+                del os.environ["AUTOFLASH_CACHE_DIR"]
+            else:
+                os.environ["AUTOFLASH_CACHE_DIR"] = before
+            settings.get.cache_clear()
+
+
+def compared(tables: Sequence[Table], seeds: int, alone: float | None = None) -> dict[str, Any]:
+    """The sweep of every table, and the searches by each of COMPARED.
+
+    Args:
+        tables: of one device.
+        seeds: how many.
+        alone: seconds of a compilation with nothing beside it, over those recorded; None: unknown.
+    """
     header = tables[0].header
     rows = []
     for table in tables:
-        pool_s, serial_s = sweep_s(table), serial_sweep_s(table)
+        pool_s, serial_s = sweep_s(table), serial_sweep_s(table, alone or 1.0)
         searches = {}
         for name in COMPARED:
             traces = [t for seed in range(seeds) for t in replay([table], name, seed=seed)]
@@ -116,6 +187,7 @@ def compared(tables: Sequence[Table], seeds: int) -> dict[str, Any]:
         "jobs": header.jobs,
         "seeds": seeds,
         "near": NEAR,
+        "compile_alone": alone,
         "strategies": {name: STRATEGIES[name].summary for name in COMPARED},
         "rows": rows,
         "overall": {
@@ -128,7 +200,7 @@ def compared(tables: Sequence[Table], seeds: int) -> dict[str, Any]:
     }
 
 
-def real(table: Table, seconds: float) -> dict[str, Any]:
+def real(table: Table, seconds: float, alone: float | None = None) -> dict[str, Any]:
     """One search of a table's problem on the device found here, in a new cache."""
     from autoflash.database import Database
     from autoflash.tuning import tuner
@@ -155,23 +227,11 @@ def real(table: Table, seconds: float) -> dict[str, Any]:
                 best = (record.latency_us, known or math.inf)
                 curve.append([now - began, record.latency_us, known])
 
-    before = os.environ.get("AUTOFLASH_CACHE_DIR")
-    with tempfile.TemporaryDirectory(prefix="autoflash-speed-") as folder:
-        # A new cache: what was compiled for the tables would make the search look fast.
-        os.environ["AUTOFLASH_CACHE_DIR"] = folder
-        settings.get.cache_clear()
-        try:
-            with Database.open(f"sqlite:///{folder}/trials.db") as database:
-                (result,) = tuner.tune(
-                    [table.header.problem], device, database=database, max_seconds=seconds,
-                    templates=list(table.header.spaces), on_event=watch,
-                )  # fmt: skip
-        finally:
-            if before is None:
-                del os.environ["AUTOFLASH_CACHE_DIR"]
-            else:
-                os.environ["AUTOFLASH_CACHE_DIR"] = before
-            settings.get.cache_clear()
+    with _new_cache() as folder, Database.open(f"sqlite:///{folder}/trials.db") as database:
+        (result,) = tuner.tune(
+            [table.header.problem], device, database=database, max_seconds=seconds,
+            templates=list(table.header.spaces), on_event=watch,
+        )  # fmt: skip
     reached = next((at for at, _, known in curve if known and known <= limit_us), math.inf)
     simulated = [t.reached(NEAR)[1] for s in range(5) for t in replay([table], seed=s)]
     return {
@@ -181,19 +241,23 @@ def real(table: Table, seconds: float) -> dict[str, Any]:
         "seconds_to_near": _plain(reached),
         "simulated_seconds_to_near": _spread(simulated),
         "share": _plain(reached / sweep_s(table)),
+        "share_of_serial": _plain(reached / serial_sweep_s(table, alone or 1.0)),
         "curve": curve,
     }
 
 
 def summary(report: dict[str, Any]) -> str:
-    """A Markdown table: share of the sweep's wall time until within 1 % of its best."""
+    """A Markdown table: median and worst time until within 1 % of the sweep's best.
+
+    Shares are of the wall time of the sweep as triton.autotune does it.
+    """
     lines = [
-        "| problem | configs | sweep | one by one | autoflash | share | plain TPE | share |",
+        "| problem | configs | one by one | in parallel | autoflash | share | plain TPE | share |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in report["rows"]:
         cells = [row["problem"], str(row["configs"])]
-        cells += [f"{row[name]:.0f} s" for name in ("sweep_s", "serial_sweep_s")]
+        cells += [f"{row[name]:.0f} s" for name in ("serial_sweep_s", "sweep_s")]
         for name in COMPARED:
             found = row["searches"][name]
             seconds = [value if value is not None else math.inf for value in found["seconds"]]
@@ -204,9 +268,10 @@ def summary(report: dict[str, Any]) -> str:
             )
         lines.append(f"| {' | '.join(cells)} |")
     overall = [
-        f"{name}: median {_percent(found['share']['median'])}, "
-        f"worst {_percent(found['share']['worst'])} of the sweep's wall time"
+        f"{name}: median {_percent(found[kind]['median'])}, worst {_percent(found[kind]['worst'])} "
+        f"of the sweep {what}"
         for name, found in report["overall"].items()
+        for kind, what in (("share_of_serial", "one by one"), ("share", "in parallel"))
     ]
     return "\n".join([*lines, "", *overall])
 
@@ -225,7 +290,7 @@ def draw(report: dict[str, Any], out: Path) -> None:
     for offset, name in zip((-0.15, 0.15), COMPARED, strict=True):
         label, colour = looks[name]
         for number, row in enumerate(rows):
-            shares = row["searches"][name]["share"]
+            shares = row["searches"][name]["share_of_serial"]
             low = shares["median"]
             high = shares["worst"] if shares["worst"] is not None else 2.0
             place = number + offset
@@ -238,8 +303,8 @@ def draw(report: dict[str, Any], out: Path) -> None:
     axes.set_yticks(range(len(rows)), [row["problem"] for row in rows], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel(
-        "wall time until within 1 % of the sweep's best, as a share of the sweep's\n"
-        "(dot: median of seeds, bar: worst; dotted: a fifth)"
+        "wall time until within 1 % of the sweep's best, over that of the sweep as\n"
+        "triton.autotune does it (dot: median of seeds, bar: worst; dotted: a fifth)"
     )
     axes.legend(fontsize=8)
     figure.suptitle(f"{report['device']}, {report['date'][:10]}", fontsize=10)

@@ -29,6 +29,7 @@ from autoflash.tuning.pool import Finished
 from autoflash.tuning.run import Run
 from autoflash.tuning.strategy import STRATEGIES, Strategy
 from autoflash.tuning.table import TIMED, Row, Table
+from autoflash.tuning.table import Space as Recorded
 from autoflash.tuning.trials import Trials
 
 if TYPE_CHECKING:
@@ -275,7 +276,7 @@ class _RecordedTemplate(Template):
         return _source(self.table.rows[config], self.table)
 
     @property
-    def _space(self) -> Any:
+    def _space(self) -> Recorded:
         return self.table.header.spaces[self.name]
 
 

@@ -113,7 +113,6 @@ def simulate(
 
 def standing(name: str, traces: Sequence[Trace], jobs: int | None = None) -> Standing:
     """Regrets of the traces of one strategy."""
-    # Not before a search has made so many trials, or ended for want of configs.
     sweeps = [sweep_s(trace.table, jobs) for trace in traces]
     arrived = [trace.reached(NEAR) for trace in traces]
     return Standing(
@@ -151,12 +150,14 @@ def sweep_s(table: Table, jobs: int | None = None) -> float:
     return device
 
 
-def serial_sweep_s(table: Table) -> float:
+def serial_sweep_s(table: Table, alone: float = 1.0) -> float:
     """The same as `triton.autotune` does it, one kernel after the other.
 
-    Seconds of compilations are those of the recording, in which others ran beside them.
+    Args:
+        table: of what.
+        alone: factor of the seconds of compilations, during which others ran when recorded.
     """
-    return sum(compile_s + bench_s for compile_s, bench_s in _costs(table))
+    return sum(alone * compile_s + bench_s for compile_s, bench_s in _costs(table))
 
 
 def _costs(table: Table) -> list[tuple[float, float]]:
