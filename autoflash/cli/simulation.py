@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from autoflash.cli.output import duration, say, table, write_json
-from autoflash.errors import UnknownName
+from autoflash.errors import ToolchainMissing, UnknownName
 
 if TYPE_CHECKING:
     from autoflash.tuning.simulate import Spread, Standing
@@ -19,6 +19,7 @@ def strategy_names(text: str | None) -> list[str]:
 
     Raises:
         UnknownName: it names one that there is not.
+        ToolchainMissing: one that it names lacks a library.
     """
     from autoflash.tuning.strategy import STRATEGIES
 
@@ -26,7 +27,9 @@ def strategy_names(text: str | None) -> list[str]:
     for name in names:
         if name not in STRATEGIES:
             raise UnknownName.of("strategy", name, STRATEGIES)
-    return names or list(STRATEGIES)
+        if (missing := STRATEGIES[name].unavailable) is not None:
+            raise ToolchainMissing(f"strategy {name}: {missing}.")
+    return names or [name for name, one in STRATEGIES.items() if one.unavailable is None]
 
 
 def simulated(standings: Sequence[Standing], tables: Sequence[Table], as_json: bool) -> None:

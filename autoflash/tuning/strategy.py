@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,15 @@ class Strategy:
     sampler: str
     seeds: bool = True
     races: bool = True
+
+    @property
+    def unavailable(self) -> str | None:
+        """What is missing here for it, or None."""
+        if self.sampler == "gp" and find_spec("scipy") is None:
+            return (
+                "scipy is not installed, which Optuna's Gaussian process needs: pip install scipy"
+            )
+        return None
 
     @property
     def varies(self) -> bool:

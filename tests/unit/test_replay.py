@@ -13,6 +13,8 @@ import pytest
 from support.tables import PROBLEM, header, point, row, table
 
 from autoflash import cli
+from autoflash.cli.simulation import strategy_names
+from autoflash.errors import ToolchainMissing
 from autoflash.problem import Problem
 from autoflash.tuning.replay import Step, Trace, replay
 from autoflash.tuning.simulate import Spread, serial_sweep_s, simulate, sweep_s
@@ -91,8 +93,10 @@ def test_time_and_trials_bound_a_replay() -> None:
     assert len(trace.steps) == 80
 
 
-@pytest.mark.parametrize("strategy", [n for n, s in STRATEGIES.items() if s.sampler != "gp"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_replays_and_repeats_itself(strategy: str) -> None:
+    if (missing := STRATEGIES[strategy].unavailable) is not None:
+        pytest.skip(missing)
     once, again = (replay([table()], strategy, seed=5, trials=15)[0] for _ in range(2))
     assert once.steps == again.steps
     assert len({step.config for step in once.steps}) == 15
@@ -156,6 +160,14 @@ def test_the_command_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         cli.main(["simulate", str(path), "--strategies", "defualt"])
     assert exited.value.code == 2
     assert "strategy 'defualt'" in capsys.readouterr().err
+
+
+def test_a_strategy_that_lacks_a_library_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autoflash.tuning.strategy.find_spec", lambda name: None)
+    assert "seeded-gp" not in strategy_names(None)
+    assert strategy_names("random,default") == ["random", "default"]
+    with pytest.raises(ToolchainMissing, match="pip install scipy"):
+        strategy_names("seeded-gp")
 
 
 # The shipped search, on what was recorded --------------------------------------------------------
