@@ -196,6 +196,39 @@ def generalise(
 
 
 @app.command()
+def simulate(
+    tables: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Recorded tables, or folders of them."),
+    ],
+    strategies: Annotated[
+        str | None,
+        typer.Option("--strategies", metavar="NAME,NAME...", help="Such as default,random."),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="How many.")] = 5,
+    trials: TrialsOption = None,
+    jobs: JobsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare ways to search on recorded tables, without the hardware, in simulated time."""
+    from autoflash.cli.simulation import simulated, strategy_names
+    from autoflash.tuning.simulate import simulate as run_all
+    from autoflash.tuning.table import read_all
+
+    names = strategy_names(strategies)
+    known = read_all(tables)
+    found = run_all(
+        known,
+        names,
+        seeds=seeds,
+        trials=trials,
+        jobs=jobs,
+        on_strategy=lambda one: output.remark(f"{one.name} ..."),
+    )
+    simulated(found, known, as_json)
+
+
+@app.command()
 @takes_problems
 def show(
     selection: Selection,

@@ -80,7 +80,7 @@ def _tuned(template: str, records: Sequence[Record]) -> Tuned:
     }
     importance: dict[str, float] = {}
     if choices and len(records) >= ENOUGH:
-        from autoflash.tuning.search import importances
+        from autoflash.tuning.sampler import importances
 
         importance = importances(
             choices,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from autoflash import build
 from autoflash.build.kernel import Kernel
@@ -30,6 +31,15 @@ FIRST_RUNG_CALLS, FIRST_RUNG_RATIO = 3, 3.0
 SECOND_RUNG_SHARE, SECOND_RUNG_RATIO = 0.25, 1.3
 """Likewise after that share of the full timing."""
 _STARVED = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+
+
+class Measuring(Protocol):
+    """What `race` asks of a timer; a replay puts a recorded one here."""
+
+    def measure(
+        self, call: Callable[[], object], *, budget_ms: float = ..., min_calls: int = ...
+    ) -> Measurement:
+        """Time one call alone."""
 
 
 class Evaluator:
@@ -84,6 +94,20 @@ class Evaluator:
         """
         self._used = True
         return self._guarded(request, partial(self._finals, request))
+
+    def survey(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """What `evaluate` does, telling how long each step took: for tables to replay.
+
+        Args:
+            request: as for `evaluate`; "check" says whether the check is made, "do_bench" whether
+                the kernel is also timed as triton.autotune would.
+
+        Returns:
+            "outcome", "reason", "load_s" (the inputs of a new problem included), "check_s",
+            "rungs" (median, p20, p80, count, seconds) and "do_bench" (microseconds, seconds), as
+            far as it came.
+        """
+        return self._guarded(request, partial(self._survey, request))
 
     def _guarded(
         self, request: Mapping[str, Any], run: Callable[[], dict[str, Any]]
@@ -150,6 +174,36 @@ class Evaluator:
             "measurement": measurement.to_dict(),
             "error_ratio": error_ratio,
         }
+
+    def _survey(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        from autoflash.tuning import reference
+
+        began = time.perf_counter()
+        bench = self._bench_for(request)
+        kernel = bench.build(request["source"])
+        reply: dict[str, Any] = {"load_s": time.perf_counter() - began}
+        if request["check"]:
+            began = time.perf_counter()
+            check = reference.check(kernel, bench.problem, bench.device, seed=request["seed"])
+            reply["check_s"] = time.perf_counter() - began
+            if not check.ok:
+                return {**reply, **_wrong(check, None)}
+        call, stopwatch = bench.call(kernel), _Stopwatch(bench.timer)
+        outcome, reason, _ = race(stopwatch, call, request["timing_ms"], request["best_us"])
+        reply |= {"outcome": outcome, "reason": reason, "rungs": stopwatch.rungs}
+        if request["check"] and outcome == "ok":
+            began = time.perf_counter()
+            still = reference.check_timed(call, bench.inputs, bench.device, seed=request["seed"])
+            reply["check_s"] += time.perf_counter() - began
+            if not still.ok:
+                return {**reply, **_wrong(still, None)}
+        if request["do_bench"]:
+            from autoflash.build.triton import do_bench_us
+
+            began = time.perf_counter()
+            median_us = do_bench_us(call)
+            reply["do_bench"] = [median_us, time.perf_counter() - began]
+        return reply
 
     def _finals(self, request: Mapping[str, Any]) -> dict[str, Any]:
         from autoflash.tuning import reference
@@ -242,8 +296,25 @@ class _Bench:
         return None, None
 
 
+class _Stopwatch:
+    """A timer that notes what it measured and how long that took, warm-up included."""
+
+    def __init__(self, timer: Timer) -> None:
+        self.rungs: list[list[float]] = []
+        self._timer = timer
+
+    def measure(
+        self, call: Callable[[], object], *, budget_ms: float = 25.0, min_calls: int = 3
+    ) -> Measurement:
+        began = time.perf_counter()
+        taken = self._timer.measure(call, budget_ms=budget_ms, min_calls=min_calls)
+        seconds = time.perf_counter() - began
+        self.rungs.append([taken.latency_us, taken.p20_us, taken.p80_us, taken.count, seconds])
+        return taken
+
+
 def race(
-    timer: Timer, call: Callable[[], object], timing_ms: float, best_us: float | None
+    timer: Measuring, call: Callable[[], object], timing_ms: float, best_us: float | None
 ) -> tuple[str, str, Measurement]:
     """Time a call in three rungs, each longer than the one before, and stop when it has lost.
 

@@ -52,6 +52,12 @@ def _check(kind: str, outcome: str, request: Mapping[str, Any], reply: Mapping[s
         ratio = reply.get("error_ratio")
         if ratio is not None and not (_number(ratio) and ratio >= 0):
             raise ValueError(f"an error ratio of {ratio}")
+    elif kind == "survey":
+        for median, *_ in (
+            *reply.get("rungs", ()),
+            *([reply["do_bench"]] if "do_bench" in reply else []),
+        ):
+            _time(median)
     elif kind == "finals" and outcome == "ok":
         _finals(request, reply)
     elif kind == "finals" and "wrong" in reply:

@@ -18,6 +18,7 @@ from autoflash.record import Measurement, Record
 from autoflash.tuning.effort import Effort
 from autoflash.tuning.ledger import Ledger
 from autoflash.tuning.pool import Workers
+from autoflash.tuning.strategy import SHIPPED, Strategy
 
 if TYPE_CHECKING:
     from autoflash.codegen.space import Space
@@ -52,6 +53,7 @@ class Run:
         environment: versions, as the device's worker reported them.
         compile_s: moving average of the seconds that one compilation takes.
         compiled: source digest -> the compiler's answer: problems of equal traits share sources.
+        strategy: how the search goes about it; any but the shipped one is for comparisons.
         ledger: through which everything is stored in the database.
         kills: config -> the problems on which a process that compiled or ran it had to be killed,
             or died.
@@ -69,6 +71,7 @@ class Run:
     environment: Mapping[str, Any] = field(default_factory=dict)
     compile_s: float = 3.0
     compiled: dict[str, dict[str, Any]] = field(default_factory=dict)
+    strategy: Strategy = SHIPPED
     ledger: Ledger = field(init=False)
     kills: dict[Config, set[Problem]] = field(init=False)
 

@@ -8,11 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from autoflash import errors
 from autoflash.codegen.defaults import defaults
 from autoflash.codegen.template import Source
 from autoflash.config import Config
-from autoflash.errors import AutoflashError, TemplateError
+from autoflash.errors import TemplateError
 from autoflash.problem import Problem
 from autoflash.record import Measurement, Record
 from autoflash.tuning import finals
@@ -25,6 +24,7 @@ from autoflash.tuning.trials import (
     evaluate_request,
     evaluate_timeout_s,
     explain,
+    raise_named,
 )
 
 _TIMED = ("ok", "slow")
@@ -127,7 +127,7 @@ class Shapes:
         while run.workers.pending("compile"):
             for finished in run.workers.wait(0.5):
                 run.compiled[finished.key] = finished.reply
-                _raise(finished.reply)
+                raise_named(finished.reply)
             if self._end is not None and time.monotonic() > self._end:
                 run.workers.cancel("compile")
         run.compiled = {digest: reply for digest, reply in run.compiled.items() if reply}
@@ -185,7 +185,7 @@ class Shapes:
             run.effort, Problem.from_dict(request["problem"]), run.device
         )
         reply = finals.ask(run, request, timeout_s, tries=1)
-        _raise(reply)
+        raise_named(reply)
         if reply["outcome"] in KILLS or reply.get("exiting"):
             greet(run)
         return reply
@@ -209,7 +209,7 @@ class Shapes:
             reply = finals.turns(
                 run, shape.problem, configs, rounds=rounds, best_us=best_us, torch=False
             )
-            _raise(reply)
+            raise_named(reply)
             if reply["outcome"] == "ok":
                 for number, digest in enumerate(left.values()):
                     took = Measurement.from_dict(reply["measurements"][str(number)])
@@ -275,13 +275,6 @@ def _is_doubtful(reply: Mapping[str, Any], is_default: bool) -> bool:
     if reply["outcome"] == "timeout":
         return is_default
     return reply["outcome"] == "crash" or bool(reply.get("again"))
-
-
-def _raise(reply: Mapping[str, Any]) -> None:
-    """Raise what is no candidate's fault: no compiler, or a cache that cannot be written."""
-    if name := reply.get("raise"):
-        error: AutoflashError = getattr(errors, name)(reply["reason"])
-        raise error
 
 
 def _times(records: Iterable[Record]) -> dict[Config, float | None]:

@@ -77,18 +77,19 @@ class Trials:
             self.outcomes["infeasible"] = rejected
         every_default = (t.default_config(problem, run.device) for t in templates)
         self.defaults = [c for c in every_default if c in set(spaces[c.template].configs)]
-        seeds = run.seeds(problem, templates)
+        seeds = run.seeds(problem, templates) if run.strategy.seeds else []
         self._seeds = set(seeds)
         self._searcher = Searcher(
             {t.name: Axes(t.tunables, spaces[t.name].configs) for t in templates},
             seeds=seeds,
-            budget=limit,
             seed=run.seed,
+            sampler=run.strategy.sampler,
         )
         self.limit = min(limit, len(self._searcher))
         # On a CPU compilers would disturb what is timed: a batch is compiled, then measured.
         self._exclusive = not run.device.is_cuda
-        self._batch = 2 * run.jobs + (0 if self._exclusive else 2)
+        # On a GPU no more than keeps all compilers busy: each proposal learns from what is known.
+        self._batch = 2 * run.jobs if self._exclusive else run.jobs + 2
         self._compiling: dict[str, _Candidate] = {}
         self._ready: list[_Candidate] = []
         self._running: _Candidate | None = None
@@ -412,6 +413,13 @@ def explain(reply: Mapping[str, Any]) -> str:
         words = lines[fatal - 1 if fatal else -1] if fatal != 0 else lines[0]
         reason += f" (last words: {words[:200]})"
     return reason
+
+
+def raise_named(reply: Mapping[str, Any]) -> None:
+    """Raise what is no candidate's fault: no compiler, or a cache that cannot be written."""
+    if name := reply.get("raise"):
+        error: AutoflashError = getattr(errors, name)(reply["reason"])
+        raise error
 
 
 def device_failed(device: Device, reply: Mapping[str, Any]) -> WorkerError:

@@ -60,6 +60,7 @@ def _handlers(role: str) -> dict[str, Handler]:
     return {
         "hello": evaluator.hello,
         "evaluate": evaluator.evaluate,
+        "survey": evaluator.survey,
         "finals": evaluator.finals,
     }
 
