@@ -15,6 +15,7 @@ from autoflash.config import Config
 from autoflash.database import Database
 from autoflash.problem import Problem
 from autoflash.record import Record
+from autoflash.tuning import replies
 
 PROBLEM = Problem.parse("b2s1024h8d64c-bfloat16")
 THIRD = Problem.parse("b2s4096h8d64c-bfloat16")
@@ -165,3 +166,18 @@ def test_finals_that_fail_by_chance_are_held_again(tuned: Tune, database: Databa
     (result,) = tuned({f"finals-{BEST}": ["segfault", 0, 3]})
     assert (result.status, result.best.config) == ("improved", config(BEST))
     assert {record.outcome for record in database.trials()} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"rungs": [[float("nan"), 1.0, 1.0, 3, 0.1]]},
+        {"rungs": [[5.0, 5.0, 5.0, 3, 0.1], [-1.0, 1.0, 1.0, 3, 0.1]]},
+        {"rungs": [], "do_bench": [0.0, 0.1]},
+        {"rungs": 7},
+    ],
+)
+def test_a_survey_is_believed_only_with_times_that_can_be(answer: dict[str, object]) -> None:
+    good = {"outcome": "ok", "rungs": [[5.0, 5.0, 5.0, 3, 0.1]], "do_bench": [5.0, 0.1]}
+    assert replies.fault({"kind": "survey"}, good) is None
+    assert "cannot be meant" in (replies.fault({"kind": "survey"}, {**good, **answer}) or "")

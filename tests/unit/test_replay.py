@@ -56,6 +56,14 @@ def test_a_rung_that_was_not_recorded_takes_the_time_of_its_calls() -> None:
     assert trace.steps[0].seconds == pytest.approx(1.31 + 0.012 + 0.05 + 0.004)
 
 
+def test_a_recorded_crash_is_tried_again_as_the_tuner_does() -> None:
+    rows = [row(point(7, 16)), row(point(1, 1), None, "crash"), row(point(1, 2))]
+    (trace,) = replay([Table(header(jobs=3), rows)], "sweep")
+    assert trace.outcomes == {"ok": 2, "crash": 1}
+    # Its load and check, 0.3 s, come twice: one more process is spent on it.
+    assert trace.steps[-1].seconds == pytest.approx(1.0 + 2 * 0.38 + 2 * 0.3)
+
+
 def test_configs_of_one_source_are_compiled_and_run_once() -> None:
     rows = [row(point(7, 16), source="same"), row(point(1, 1), source="same")]
     (trace,) = replay([Table(header(jobs=1), rows)], "sweep")
