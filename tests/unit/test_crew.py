@@ -341,6 +341,22 @@ def test_what_goes_wrong_in_a_thread_is_raised(run: Runs, database: Database) ->
     assert database.runs()[0]["status"] == "failed"
 
 
+def test_what_no_device_could_store_is_told_in_the_end(
+    run: Runs, database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def full(self: Database, *values: Any) -> None:
+        raise errors.DatabaseError("disk full.")
+
+    monkeypatch.setattr(Database, "add", full)
+    host = Host(2)
+    with pytest.raises(errors.DatabaseError, match="could not be stored: disk full"):
+        run(host)
+    assert all(pool.closed for pool in host.pools)
+    assert database.trials() == []
+
+
 def test_a_missing_compiler_ends_the_run_with_its_own_error(run: Runs, database: Database) -> None:
     host = Host(2)
     host.compile_fault = {"outcome": "compile_error", "raise": "ToolchainMissing", "reason": "none"}
