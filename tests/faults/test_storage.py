@@ -222,7 +222,8 @@ def test_a_trial_whose_row_is_damaged_is_made_again(tmp_path: Path, database: Da
     assert database.bests() == [result.best]
     found = database.trials()
     assert second in found
-    assert [record.outcome for record in found if record.config == first.config] == ["ok"]
+    (again,) = (record for record in found if record.config == first.config)
+    assert again.outcome in ("ok", "slow")  # beside a faster second one it drops out of the race
 
 
 def test_a_database_of_a_newer_version_is_left_alone(
