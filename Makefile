@@ -9,7 +9,7 @@ NEWEST_TRITON := 3.9.0
 # What developers install beside the package: `nvcc` too where the machine has no CUDA toolkit.
 EXTRAS := dev,cuda$(if $(shell command -v nvcc 2>/dev/null),,$(COMMA)nvcc)
 
-.PHONY: tune test gpu newest-triton lint types imports format golden bench clean
+.PHONY: tune test gpu browser newest-triton lint types imports format golden bench clean
 
 tune: $(VENV)/installed  ## exit 3 (nothing beat the default) is an answer, not a failure
 	$(BIN)/autoflash tune $(ARGS) || test $$? -eq 3
@@ -19,6 +19,12 @@ test: $(VENV)/developed
 
 gpu: $(VENV)/developed
 	$(BIN)/pytest -m gpu $(ARGS)
+
+browser: $(VENV)/developed  ## Debian's where this user may install it, else Playwright's own
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null \
+	  || { test "$$(id -u)" = 0 && apt-get -qq update \
+	       && apt-get -qq install --yes --no-install-recommends chromium >/dev/null; } \
+	  || $(BIN)/playwright install --only-shell chromium
 
 newest-triton: $(VENV)/developed $(VENV)/triton-$(NEWEST_TRITON)
 	PYTHONPATH=$(VENV)/triton-$(NEWEST_TRITON) $(BIN)/pytest tests/compile -k "not cuda" $(ARGS)

@@ -31,6 +31,13 @@ TRAITS = (
 )
 """What a kernel may be compiled for; all else of a Problem is known only when it is launched."""
 
+MAX_DISTANCE = 6.0
+"""Farthest record that may stand in, in doublings: both sequence lengths eight times as long.
+
+Beyond that the work is of another kind: a decoding step (seqlen_q 1) is 12 doublings away from a
+prefill of 4096, and a template's default fits it better than the winner of the other.
+"""
+
 _NAME = re.compile(
     r"(?:(?P<op>[a-z_]+):)?b(?P<batch>\d+)s(?P<seqlen_q>\d+)(?:x(?P<seqlen_k>\d+))?"
     r"h(?P<num_heads>\d+)(?:/(?P<num_kv_heads>\d+))?d(?P<head_dim>\d+)(?:x(?P<head_dim_v>\d+))?"

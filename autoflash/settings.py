@@ -28,6 +28,8 @@ class Settings:
         nvcc: the CUDA compiler (AUTOFLASH_NVCC; default, as "": searched for, see build/nvcc.py).
         cutlass: a CUTLASS checkout (AUTOFLASH_CUTLASS; default, as "": the nvidia-cutlass package,
             else CUTLASS_PATH).
+        record_file: where attention() notes the problems it serves (AUTOFLASH_RECORD; default, as
+            None: nowhere).
     """
 
     cache_dir: Path
@@ -38,12 +40,14 @@ class Settings:
     cxx: str
     nvcc: str = ""
     cutlass: str = ""
+    record_file: Path | None = None
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
         """Read the variables; a wrong value is an InvalidInput naming the variable."""
         env = os.environ if environ is None else environ
         cache_dir = Path(env.get("AUTOFLASH_CACHE_DIR") or _default_cache_dir()).expanduser()
+        record = env.get("AUTOFLASH_RECORD")
         return cls(
             cache_dir=cache_dir.absolute(),
             database_url=env.get("AUTOFLASH_DATABASE")
@@ -54,6 +58,7 @@ class Settings:
             cxx=env.get("AUTOFLASH_CXX") or "g++",
             nvcc=env.get("AUTOFLASH_NVCC") or "",
             cutlass=env.get("AUTOFLASH_CUTLASS") or "",
+            record_file=Path(record).expanduser().absolute() if record else None,
         )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from autoflash.errors import InvalidInput, UnknownName
+from autoflash.errors import UnknownName
 from autoflash.problem import Problem
+from autoflash.workload import listing
 
 
 def _parse(names: str, *dtypes: str) -> tuple[Problem, ...]:
@@ -92,7 +93,7 @@ def grid(name: str, dtype: str = "bfloat16") -> tuple[Problem, ...]:
     """The problems of a named grid, or of a file with one Problem.name per line.
 
     Args:
-        name: a key of GRIDS, or a path; in a file `#` begins a comment and empty lines are skipped.
+        name: a key of GRIDS, or the path of a listing (autoflash/workload/listing.py).
         dtype: of names in a file that give none.
 
     Raises:
@@ -104,21 +105,4 @@ def grid(name: str, dtype: str = "bfloat16") -> tuple[Problem, ...]:
     path = Path(name)
     if not path.is_file():
         raise UnknownName.of("grid or file", name, GRIDS)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path} cannot be read as a grid: {error}") from error
-    problems = []
-    for number, line in enumerate(lines, 1):
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        try:
-            problems.append(Problem.parse(text, dtype))
-        except InvalidInput as error:
-            raise InvalidInput(f"{path}:{number}: {error}") from None
-    if not problems:
-        raise InvalidInput(
-            f"{path} names no problem; give one per line, such as b4s4096h32/8d128c."
-        )
-    return tuple(dict.fromkeys(problems))
+    return tuple(listing.read(path, dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from autoflash.cli.options import (
     AnyDeviceOption,
     ArchOption,
     DatabaseOption,
+    DevicesOption,
     EffortOption,
     JobsOption,
     JsonOption,
@@ -73,6 +75,7 @@ def tune(
         float | None, typer.Option("--seconds", metavar="S", min=0, help="Most time for the run.")
     ] = None,
     seed: SeedOption = 0,
+    on: DevicesOption = None,
     jobs: JobsOption = None,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
@@ -85,11 +88,14 @@ def tune(
     """
     from autoflash import device as devices
     from autoflash.database import Database
-    from autoflash.tuning import tuner
+    from autoflash.tuning import boards, tuner
 
     use(jobs=jobs, database=database)
-    device = devices.for_arch(arch)
+    chosen = [] if on is None else boards.choose(on, arch)
+    device = chosen[0].device if chosen else devices.for_arch(arch)
     problems = selection.problems(device)
+    if len(chosen) > len(problems):
+        output.remark(f"{len(problems)} of {len(chosen)} devices are used: one for each problem")
     with Database.open() as db:
         with output.TuneProgress(quiet=as_json) as progress:
             found = tuner.tune(
@@ -102,6 +108,7 @@ def tune(
                 templates=template_names(templates),
                 seed=seed,
                 on_event=progress,
+                boards=chosen,
             )
         results.tuned(found, device, db, as_json)
     raise typer.Exit(results.exit_code(found, len(problems)))
@@ -126,9 +133,10 @@ def plan(
 
     use(jobs=jobs, database=database)
     device = devices.for_arch(arch)
+    costs = selection.costs(device)
     with Database.open() as db:
         plans = tuner.plan(
-            selection.problems(device),
+            [cost.problem for cost in costs] or selection.problems(device),
             device,
             templates=template_names(templates),
             effort=effort or default_effort(device),
@@ -136,7 +144,88 @@ def plan(
             database=db,
             present=tuner.is_present(device),
         )
-    reports.planned(plans, device, as_json)
+    reports.planned(plans, device, as_json, costs)
+
+
+@app.command()
+@takes_problems
+def generalise(
+    selection: Selection,
+    probes: Annotated[
+        int | None,
+        typer.Option("--probes", metavar="N", min=5, help="Shapes of each family to measure."),
+    ] = None,
+    templates: TemplatesOption = None,
+    effort: EffortOption = None,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", metavar="S", min=0, help="Most time for the run.")
+    ] = None,
+    seed: SeedOption = 0,
+    jobs: JobsOption = None,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the winners on shapes between theirs, and choose what serves shapes nobody tuned.
+
+    The problem options choose among the winners measured on the device found here; each family of
+    them (dtype, head_dim, mask) gets a small table. Exit code: 0 a table has something better
+    than the default, 3 the default is best everywhere, 4 not all was measured (run again to go
+    on), 5 too little to choose by, 2 a mistake in the request.
+    """
+    from autoflash import device as devices
+    from autoflash.cli import regret
+    from autoflash.database import Database
+    from autoflash.tuning import generalise as generalising
+
+    use(jobs=jobs, database=database)
+    device = devices.native()
+    with Database.open() as db, output.TuneProgress(quiet=as_json) as progress:
+        found = generalising.generalise(
+            selection.matching(db.bests(device_key=device.key)),
+            device,
+            database=db,
+            count=generalising.PROBES if probes is None else probes,
+            effort=effort or "quick",
+            max_seconds=seconds,
+            templates=template_names(templates),
+            seed=seed,
+            on_event=progress,
+        )
+    regret.generalised(found, as_json)
+    raise typer.Exit(regret.exit_code(found))
+
+
+@app.command()
+def simulate(
+    tables: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Recorded tables, or folders of them."),
+    ],
+    strategies: Annotated[
+        str | None,
+        typer.Option("--strategies", metavar="NAME,NAME...", help="Such as default,random."),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="How many.")] = 5,
+    trials: TrialsOption = None,
+    jobs: JobsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare ways to search on recorded tables, without the hardware, in simulated time."""
+    from autoflash.cli.simulation import simulated, strategy_names
+    from autoflash.tuning.simulate import simulate as run_all
+    from autoflash.tuning.table import read_all
+
+    names = strategy_names(strategies)
+    known = read_all(tables)
+    found = run_all(
+        known,
+        names,
+        seeds=seeds,
+        trials=trials,
+        jobs=jobs,
+        on_strategy=lambda one: output.remark(f"{one.name} ..."),
+    )
+    simulated(found, known, as_json)
 
 
 @app.command()
@@ -146,18 +235,80 @@ def show(
     arch: AnyArchOption = None,
     device: AnyDeviceOption = None,
     every: Annotated[bool, typer.Option("--all", help="Every trial, not only the best.")] = False,
+    tables: Annotated[
+        bool,
+        typer.Option("--regret", help="The dispatch tables, and what they lose to the best."),
+    ] = False,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the best records, or with --all every trial and what came of it."""
+    """Print the best records, with --all every trial and what came of it, or dispatch tables."""
+    from autoflash.cli import regret
     from autoflash.database import Database
 
     use(database=database)
     with Database.open() as db:
         key = device_key(device, db)
+        if tables:
+            made = [t for t in db.tables(key) if arch in (None, t.device.arch)]
+            regret.shown(selection.concerning(made), as_json)
+            return
         known = db.trials(device_key=key) if every else db.bests(arch=arch, device_key=key)
     wanted = [r for r in selection.matching(known) if arch in (None, r.device.arch)]
     records.shown(wanted, every, as_json)
+
+
+@app.command()
+@takes_problems
+def report(
+    selection: Selection,
+    device: AnyDeviceOption = None,
+    run: Annotated[
+        int | None, typer.Option("--run", metavar="N", help="Only this run; the page lists them.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the page there.")
+    ] = None,
+    ceilings: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--ceilings",
+            metavar="FILE",
+            help="Measured ceilings of a device, by benchmarks/ceilings.py; repeatable.",
+        ),
+    ] = None,
+    spaces: Annotated[
+        bool,
+        typer.Option("--spaces", help="Count what constraints reject too: seconds a problem."),
+    ] = False,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what tuning tried and found, here in short, or all of it as a page for a browser."""
+    from autoflash.cli import findings as short
+    from autoflash.cli import regret
+    from autoflash.database import Database
+    from autoflash.report import Ceilings, findings
+    from autoflash.report.spaces import infeasible
+
+    use(database=database)
+    measured = [Ceilings.load(path) for path in ceilings or ()]
+    digests = results.installed_digests()
+    with Database.open() as db:
+        key = device_key(device, db)
+        made = selection.concerning(db.tables(key))
+        found = findings(
+            db,
+            digests=digests,
+            device_key=key,
+            run=run,
+            choose=selection.matching,
+            asked=short.asked(selection, device, run),
+            ceilings=measured,
+            infeasible=infeasible if spaces else None,
+            regret=partial(regret.overview, made, digests),
+        )
+    short.reported(found, html, as_json)
 
 
 @app.command()
@@ -252,6 +403,20 @@ def warmup(
         reports.warmed(built, as_json)
     else:
         reports.compiled(precompile(problems, device), device, as_json)
+
+
+@app.command("presets")
+def list_presets(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these; default: all.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the models that --preset takes: their attention layers, and where that is known from."""
+    from autoflash.cli import presets
+    from autoflash.workload.presets import get, installed
+
+    presets.listed([get(name) for name in names or installed()], as_json)
 
 
 @app.command("doctor")

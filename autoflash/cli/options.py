@@ -68,6 +68,15 @@ JobsOption = Annotated[
         "the cores this process may use).",
     ),
 ]  # fmt: skip
+DevicesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--devices",
+        metavar="all|N,N...",
+        help="Tune on several devices of this host at once, each with problems of its own: their "
+        "numbers or UUIDs, all of one kind. Default: the first.",
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of the search and of the random inputs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -78,6 +87,8 @@ def use(*, jobs: int | None = None, database: str | None = None) -> settings.Set
         os.environ["AUTOFLASH_JOBS"] = str(jobs)
     if database is not None:
         os.environ["AUTOFLASH_DATABASE"] = database
+    # `bench` calls attention() as a model does, but those calls are no model's.
+    os.environ.pop("AUTOFLASH_RECORD", None)
     settings.get.cache_clear()
     return settings.get()
 
@@ -106,7 +117,7 @@ def template_names(globs: list[str] | None) -> list[str] | None:
 
 
 def device_key(text: str | None, db: Database) -> str | None:
-    """The Device.key that --device means among those the database has best records of.
+    """The Device.key that --device means among those the database knows.
 
     Raises:
         UnknownName: the database knows no such device.
@@ -118,7 +129,7 @@ def device_key(text: str | None, db: Database) -> str | None:
         from autoflash import device
 
         return device.native().key
-    known: dict[str, str] = {record.device.key: record.device.slug for record in db.bests()}
+    known = {key: key.partition(":")[0] for key in db.device_keys()}
     found = [key for key, slug in known.items() if text.lower() in (key, slug)]
     if not found:
         raise UnknownName.of("device", text, {*known.values(), "native"})

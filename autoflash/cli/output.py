@@ -14,6 +14,7 @@ from rich.markup import escape
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
+    from rich.progress import TaskID
 
     from autoflash.benchmark import Row
     from autoflash.config import Config
@@ -181,7 +182,8 @@ class TuneProgress(AbstractContextManager["TuneProgress"]):
                 TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"), Elapsed(), console=console,
             )  # fmt: skip
-            self._task = self._bars.add_task("starting", total=None, note="")
+            # device -> its bar; the only device of a run has no name
+            self._tasks = {"": self._bars.add_task("starting", total=None, note="")}
 
     def __enter__(self) -> TuneProgress:
         if self._bars:
@@ -197,19 +199,33 @@ class TuneProgress(AbstractContextManager["TuneProgress"]):
         if self._quiet:
             return
         where = f"[{event.index + 1}/{event.total_problems}] {event.problem.name}"
+        if event.device:
+            where += f" on device {event.device}"
         best = f"best {us(event.best_us)} us" if event.best_us is not None else ""
-        if event.kind == "done":
+        if event.kind == "lost" and self._bars and event.device in self._tasks:
+            self._bars.remove_task(self._tasks.pop(event.device))
+        if event.kind in ("done", "lost"):
             self._line(f"{where}: {', '.join(part for part in (best, event.message) if part)}")
         elif self._bars:
             note = "  ".join(part for part in (best, event.message) if part)
+            task = self._task(self._bars, event.device)
             self._bars.update(
-                self._task, description=escape(where), completed=event.done,
+                task, description=escape(where), completed=event.done,
                 total=event.total or None, note=escape(note),
             )  # fmt: skip
         elif event.kind != "trial" or time.monotonic() - self._said_s > _QUIET_S:
             count = f"{event.done}/{event.total}" if event.total else f"{event.done}"
             parts = (event.kind, count, best, event.message)
             self._line(f"{where}: {', '.join(part for part in parts if part)}")
+
+    def _task(self, bars: Bars, device: str) -> TaskID:
+        """The bar of a device, the first of which takes that of a run which is starting."""
+        if device not in self._tasks:
+            start = self._tasks.pop("", None)
+            self._tasks[device] = (
+                bars.add_task("starting", total=None, note="") if start is None else start
+            )
+        return self._tasks[device]
 
     def _line(self, text: str) -> None:
         if text == self._said:  # the next finalist, and nothing new about it

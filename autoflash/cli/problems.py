@@ -7,17 +7,23 @@ import functools
 import inspect
 import itertools
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from autoflash.device import Device
+from autoflash.dispatch_table import DispatchTable, Family
 from autoflash.errors import InvalidInput
 from autoflash.problem import ELEMENT_SIZES, Problem
 from autoflash.record import Record
+from autoflash.workload import listing
+
+if TYPE_CHECKING:
+    from autoflash.tuning.cost import Cost
+    from autoflash.workload.presets import Preset
 
 _PANEL = "Which problems"
 _USUAL: tuple[int | None, ...] = (None,)
@@ -26,6 +32,9 @@ _GPU_TOKENS = 16384
 """Rows of q in one call where only the sequence length is given, as attention papers plot it."""
 _GPU_HIDDEN = 2048
 """num_heads * head_dim where only head_dim is given, likewise."""
+
+_LONG = 1 << 20
+"""Rows that no model's sliding window covers."""
 
 
 def _option(name: str, text: str, metavar: str | None = None) -> Any:
@@ -37,13 +46,33 @@ class Selection:
     """The problem options of a command line; `takes_problems` gives a command all of them.
 
     Sizes are comma lists and every combination of them is meant. Beside --grid or --problems
-    they choose among the problems named there; beside --shape only --dtype has a meaning.
+    they choose among the problems named there; beside --shape only --dtype has a meaning. Beside
+    --preset, --batch, --seqlen, --seqlen-k and --dtype give the sizes, the others choose.
     """
 
     grid: Annotated[str | None, _option("--grid", "A named set of problems.", "NAME")] = None
+    preset: Annotated[
+        list[str] | None,
+        _option("--preset", "The problems of a model; `autoflash presets` lists them.", "NAME,..."),
+    ] = None
     file: Annotated[
         Path | None,
-        _option("--problems", "A file with one problem name per line; # starts a comment.", "FILE"),
+        _option(
+            "--problems",
+            "A file with a problem's name, and perhaps its number of calls, per line; # starts a "
+            "comment. With calls, what takes most time comes first.",
+            "FILE",
+        ),
+    ] = None
+    top: Annotated[
+        int | None,
+        typer.Option(
+            "--top",
+            metavar="N",
+            min=1,
+            rich_help_panel=_PANEL,
+            help="Only the N problems that take most time, by calls and the static model.",
+        ),
     ] = None
     shape: Annotated[
         list[str] | None,
@@ -85,33 +114,81 @@ class Selection:
     def problems(self, device: Device) -> list[Problem]:
         """The problems asked for, without repeats, in the order of the options.
 
+        Those of a file with calls, and those of --top, come by the time that they take.
+
         Raises:
             InvalidInput: an option has no meaning, or no problem is left.
         """
-        named = [*_of_grid(self.grid), *_of_grid(self.file)]
-        if self.grid or self.file:
-            chosen = [problem for problem in named if self.admits(problem)]
+        calls = self._calls(device)
+        return [cost.problem for cost in self._costs(calls, device)] or list(calls)
+
+    def costs(self, device: Device) -> list[Cost]:
+        """What the problems asked for take, in order; nothing where order says nothing of time."""
+        return self._costs(self._calls(device), device)
+
+    def _costs(self, calls: Mapping[Problem, int | None], device: Device) -> list[Cost]:
+        if self.top is None and not any(calls.values()):
+            return []
+        from autoflash.tuning.cost import costliest_first
+
+        return costliest_first(calls, device)[: self.top]
+
+    def _calls(self, device: Device) -> dict[Problem, int | None]:
+        """The problems asked for, with their number of calls where a file tells it."""
+        named: dict[Problem, int | None] = dict.fromkeys(_of_grid(self.grid))
+        for preset in self._presets:
+            named.update(dict.fromkeys(self._expanded(preset, device)))
+        named.update(_of_file(self.file))
+        if self._named:
+            chosen = {p: count for p, count in named.items() if self.admits(p)}
             if not chosen:
-                where = self.file or f"grid {self.grid!r}"
                 raise InvalidInput(
-                    f"none of the {len(named)} problems of {where} has the sizes asked for; "
+                    f"none of the {len(named)} problems of {self._named} has the sizes asked for; "
                     "leave the size options away to see what it holds (`autoflash plan`)."
                 )
         elif self._sizes_given and not self.shape:
-            chosen = self._product(device)
+            chosen = dict.fromkeys(self._product(device))
         elif not self.shape:
-            chosen = list(_of_grid(default_grid(device)))
+            chosen = dict.fromkeys(_of_grid(default_grid(device)))
         else:
-            chosen = []
-        return list(dict.fromkeys([*chosen, *self._shapes()]))
+            chosen = {}
+        return {**chosen, **{p: chosen.get(p) for p in self._shapes()}}
 
     def matching(self, records: Iterable[Record]) -> list[Record]:
         """Those of the records whose problems are among what was asked for."""
-        if not (self.grid or self.file or self.shape):
+        if self.top is not None:
+            raise InvalidInput(f"--top {self.top} says nothing of records; leave it out.")
+        if not (self._named or self.shape):
             return [record for record in records if self.admits(record.problem)]
-        named = {*_of_grid(self.grid), *_of_grid(self.file)}
+        models = self._presets
+        named = {*_of_grid(self.grid), *_of_file(self.file)}
         wanted = {*filter(self.admits, named), *self._shapes()}
-        return [record for record in records if record.problem in wanted]
+        return [
+            record
+            for record in records
+            if record.problem in wanted
+            or (self.admits(record.problem) and any(p.asks_for(record.problem) for p in models))
+        ]
+
+    def concerning(self, tables: Iterable[DispatchTable]) -> list[DispatchTable]:
+        """Those of the tables that are for a family of what was asked for."""
+        if not (self._named or self.shape):
+            return [t for t in tables if self._admits_probe(t)]
+        named = {*_of_grid(self.grid), *_of_file(self.file)}
+        families = {Family.of(p) for p in (*filter(self.admits, named), *self._shapes())}
+        models = self._presets
+        return [
+            table
+            for table in tables
+            if table.family in families
+            or (
+                self._admits_probe(table)
+                and any(table.family in _families(model, table.family.dtype) for model in models)
+            )
+        ]
+
+    def _admits_probe(self, table: DispatchTable) -> bool:
+        return any(self.admits(probe.problem) for probe in table.probes)
 
     def admits(self, problem: Problem) -> bool:
         """Whether the size options, those that were given, hold for `problem`."""
@@ -135,7 +212,7 @@ class Selection:
 
     def _shapes(self) -> list[Problem]:
         sizes = [option for option in (*_FIELDS, "window", "softcap") if self._given(option)]
-        if self.shape and sizes and not (self.grid or self.file):
+        if self.shape and sizes and not self._named:
             raise InvalidInput(
                 f"--{sizes[0].replace('_', '-')} says nothing beside --shape {self.shape[0]}, "
                 "which gives every size; use one or the other."
@@ -192,6 +269,36 @@ class Selection:
             )
             chosen.append(problem)
         return chosen
+
+    def _expanded(self, preset: Preset, device: Device) -> list[Problem]:
+        """The problems of a model at the sizes asked for."""
+        from autoflash.workload import presets
+
+        return preset.problems(
+            presets.GPU if device.is_cuda else presets.CPU,
+            dtypes=words(self.dtype or "bfloat16"),
+            batches=self._numbers("batch"),
+            seqlens=self._numbers("seqlen"),
+            seqlens_k=self._numbers("seqlen_k"),
+        )
+
+    @property
+    def _presets(self) -> list[Preset]:
+        """The models asked for."""
+        from autoflash.workload import presets
+
+        return [presets.get(name) for text in self.preset or () for name in words(text)]
+
+    @property
+    def _named(self) -> str:
+        """Where problems are named, as an error says it; "" where they are not."""
+        names = [word for text in self.preset or () for word in words(text)]
+        places = (
+            self.grid and f"grid {self.grid!r}",
+            names and f"preset {', '.join(names)}",
+            self.file and str(self.file),
+        )
+        return " and ".join(place for place in places if place)
 
     @property
     def _sizes_given(self) -> bool:
@@ -279,13 +386,27 @@ def default_grid(device: Device) -> str:
     return "fwd" if device.is_cuda else "cpu"
 
 
-def _of_grid(name: str | Path | None) -> tuple[Problem, ...]:
-    """The problems of a named grid or of a file."""
+def _of_grid(name: str | None) -> tuple[Problem, ...]:
+    """The problems of a named grid, or of a file in its place."""
     if name is None:
         return ()
     from autoflash import benchmark
 
-    return benchmark.grid(str(name))
+    return benchmark.grid(name)
+
+
+def _of_file(path: Path | None) -> dict[Problem, int | None]:
+    """The problems of a file, with their calls where it gives any."""
+    return {} if path is None else listing.read(path)
+
+
+def _families(model: Preset, dtype: str) -> set[Family]:
+    """Whose dispatch tables serve a model: with its windows, and where a window covers all keys."""
+    return {
+        Family.of(kind.problem(dtype, 1, length, length))
+        for kind in model.attention
+        for length in (1, _LONG)
+    }
 
 
 def words(text: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from autoflash.cli import regret
 from autoflash.cli.output import kernel, ratio, say, table, tflops, us, versus_torch, write_json
 from autoflash.cli.results import installed_digests
 from autoflash.record import Record
@@ -85,6 +86,8 @@ def explained(explanation: Explanation) -> None:
         ]
         about = [f"{us(record.latency_us)} us", kind, record.created[:10], *filter(None, versus)]
         say(f"  record:    {record.problem.name}: {', '.join(filter(None, about))}")
+    if explanation.table:
+        say(f"  table:     {regret.summary(explanation.table)}")
     for rule, choice, reason in explanation.next:
         say(f"  else:      {rule}: {choice.template} ({choice}): {reason}")
     for name, reason in explanation.refused.items():

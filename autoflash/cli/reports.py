@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoflash.cli.output import duration, kernel, remark, say, table, write_json
+from autoflash.cli.output import duration, kernel, remark, say, table, us, write_json
 from autoflash.config import Config
 from autoflash.device import Device
 from autoflash.errors import InvalidInput
@@ -18,14 +18,21 @@ if TYPE_CHECKING:
     from autoflash.benchmark import Report
     from autoflash.cli.doctor import Diagnosis
     from autoflash.runtime.warmup import Warmed
+    from autoflash.tuning.cost import Cost
     from autoflash.tuning.plan import Plan
 
 
-def planned(plans: Sequence[Plan], device: Device, as_json: bool) -> None:
+def planned(
+    plans: Sequence[Plan], device: Device, as_json: bool, costs: Sequence[Cost] = ()
+) -> None:
     """What `tune` would do."""
     if as_json:
-        write_json({"device": device.to_dict(), "problems": [plan_dict(plan) for plan in plans]})
+        known = {cost.problem: cost_dict(cost) for cost in costs}
+        problems = [{**plan_dict(plan), **known.get(plan.problem, {})} for plan in plans]
+        write_json({"device": device.to_dict(), "problems": problems})
         return
+    if costs:
+        _costs(costs, device)
     rows = [
         (
             plan.problem.name,
@@ -45,6 +52,17 @@ def planned(plans: Sequence[Plan], device: Device, as_json: bool) -> None:
     trials, seconds = sum(p.trials for p in plans), sum(p.seconds for p in plans)
     many = "1 problem" if len(plans) == 1 else f"{len(plans)} problems"
     say(f"{trials} trials for {many}, about {duration(seconds)}.")
+
+
+def _costs(costs: Iterable[Cost], device: Device) -> None:
+    rows = [(c.problem.name, c.calls, us(c.call_us), f"{c.share:.1%}") for c in costs]
+    columns = ("shape", ">calls", ">us per call", ">share of time")
+    table(f"Where the time goes on {device.name}, by the static model", columns, rows)
+
+
+def cost_dict(cost: Cost) -> dict[str, Any]:
+    """What a problem's calls take, for JSON; the field `problem` is the plan's."""
+    return {"calls": cost.calls, "call_us": round(cost.call_us, 3), "share": round(cost.share, 6)}
 
 
 def _rejections(plans: Iterable[Plan]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,12 +12,23 @@ from typing import Any
 import sqlalchemy as sa
 
 from autoflash import settings
-from autoflash.database import lines, migrations, opening, packs, rows, tables, trials, winners
+from autoflash.database import (
+    generalised,
+    lines,
+    migrations,
+    opening,
+    packs,
+    rows,
+    tables,
+    trials,
+    winners,
+)
 from autoflash.database.connection import explained, use_wal
 from autoflash.database.merge import merge
 from autoflash.database.opening import Opened
 from autoflash.database.store import Filter, Store, warn
 from autoflash.device import Device
+from autoflash.dispatch_table import DispatchTable
 from autoflash.errors import (
     AutoflashError,
     DatabaseCorrupt,
@@ -199,6 +211,12 @@ class Database:
             found = connection.execute(sa.select(tables.run).order_by(tables.run.c.id))
             return [dict(row) for row in found.mappings()]
 
+    def device_keys(self) -> list[str]:
+        """Device.key of every device that something is stored of."""
+        with self._store.reading() as connection:
+            found = connection.execute(sa.select(tables.device.c.key).order_by(tables.device.c.key))
+            return list(found.scalars())
+
     def add(self, record: Record, run: int | None = None) -> None:
         """Store a trial, whatever its outcome; once it returns a kill cannot lose it.
 
@@ -282,17 +300,38 @@ class Database:
         best = tables.best.c
         return self._store.select(tables.best, named, columns, best.problem, best.device_key)
 
+    # Dispatch tables -----------------------------------------------------------------------------
+
+    def set_table(self, table: DispatchTable) -> bool:
+        """Store the dispatch table of a family on a device in place of a former one.
+
+        One of which no leaf holds any more, or that is older, does not replace one that stands
+        higher. A table without `created` gets this moment.
+
+        Returns:
+            Whether it was stored.
+        """
+        made = table if table.created else dataclasses.replace(table, created=rows.utc_now())
+        return self._store.write(
+            lambda connection: generalised.put(connection, made, self._current)
+        )
+
+    def tables(self, device_key: str | None = None) -> list[DispatchTable]:
+        """The dispatch tables of a device, or all, by family; their templates may have changed."""
+        key = tables.dispatch.c.device_key
+        return self._store.dispatch_tables(*([key == device_key] if device_key else []))
+
     # Whole databases ----------------------------------------------------------------------------
 
     def dump(self, path: str | Path, *, device_key: str | None = None, trials: bool = False) -> int:
-        """Write the winners, or all trials, as text: one Record per line, sorted.
+        """Write the winners and dispatch tables, or all trials, as text: one per line, sorted.
 
-        Equal content gives equal bytes. The winners of one device are a pack for tuning_db/.
+        Equal content gives equal bytes. What is of one device is a pack for tuning_db/.
 
         Args:
             path: of the file; replaced at once and only when all is written.
             device_key: only those of this device.
-            trials: all trials instead of the winners.
+            trials: all trials instead of winners and tables.
 
         Returns:
             The number of lines.
@@ -300,8 +339,10 @@ class Database:
         Raises:
             DatabaseError: the file cannot be written.
         """
-        found = self.trials(device_key=device_key) if trials else self.bests(device_key=device_key)
-        return lines.write_dump(Path(path), found)
+        if trials:
+            return lines.write_dump(Path(path), self.trials(device_key=device_key))
+        winning = self.bests(device_key=device_key)
+        return lines.write_dump(Path(path), winning, self.tables(device_key))
 
     def load(self, path: str | Path, *, trials: bool = False) -> int:
         """Read what `dump` wrote, by the rules of `set_best` and `add`.
@@ -313,22 +354,25 @@ class Database:
             trials: it holds trials, not winners.
 
         Returns:
-            How many records were stored: neither known before nor worse than what is here.
+            How many records and tables were stored: neither known before nor worse than those here.
 
         Raises:
             InvalidInput: the file cannot be read, or holds trials where winners were expected.
             DatabaseCorrupt: no line of it is a record.
         """
-        records, complaints = lines.read_dump(Path(path))
+        records, made, complaints = lines.read_dump(Path(path))
         if not trials:
             _refuse_trials(records, path)
         stored = self._put_trials(records) if trials else self._put_bests(records)
+        stored += self._store.write_in_chunks(
+            made, lambda connection, some: generalised.put_all(connection, some, self._current)
+        )
         if complaints:
             warn(f"{len(complaints)} lines are left out: {lines.summary(complaints)}")
         return stored
 
     def merge(self, url: str) -> int:
-        """Take over the runs, trials and locally tuned winners of another database.
+        """Take over the runs, trials, and the winners and dispatch tables made in another database.
 
         The other one is only read. Doing it twice changes nothing.
 
@@ -336,7 +380,7 @@ class Database:
             url: of the other database, or its path.
 
         Returns:
-            How many trials and winners were stored.
+            How many trials, winners and tables were stored.
 
         Raises:
             InvalidInput: there is none, or it is this one.
@@ -351,13 +395,13 @@ class Database:
             other.close()
 
     def prune(self, digests: Mapping[str, str]) -> int:
-        """Delete the trials and locally tuned winners of templates that are no longer so.
+        """Delete the trials, and the winners and tables made here, of templates no longer so.
 
         Args:
             digests: template name -> digest of the templates as they are now.
 
         Returns:
-            How many trials and winners were deleted.
+            How many trials, winners and tables were deleted.
 
         Raises:
             InvalidInput: `digests` is empty, which would delete everything.
@@ -367,7 +411,7 @@ class Database:
         contents = self._packs()
 
         def delete(connection: sa.Connection) -> int:
-            removed = trials.prune(connection, digests)
+            removed = trials.prune(connection, digests) + generalised.prune(connection, digests)
             # A deleted winner may have stood before one from a pack.
             if contents is not None:
                 packs.load(connection, contents, lambda: digests)
@@ -377,7 +421,7 @@ class Database:
 
     def summary(self) -> dict[str, int | str | bool]:
         """Where it is, what version, and how many rows each table has."""
-        counted = (tables.run, tables.trial, tables.best, tables.pack)
+        counted = (tables.run, tables.trial, tables.best, tables.dispatch, tables.pack)
         with self._store.reading() as connection:
             counts = {
                 table.name: connection.execute(

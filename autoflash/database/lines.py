@@ -1,12 +1,14 @@
-"""How records are read from and written to text files: one Record as JSON per line, sorted."""
+"""How text files are read and written: a Record, or a dispatch table, as JSON per line, sorted."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-from autoflash.database import rows
+from autoflash.database import generalised, rows
+from autoflash.dispatch_table import DispatchTable
 from autoflash.errors import DatabaseCorrupt, DatabaseError, InvalidInput
 from autoflash.record import Record
 
@@ -14,30 +16,47 @@ _SHOWN = 5
 """Complaints that a message lists before it only counts."""
 
 
+class Lines(NamedTuple):
+    """What a file's lines hold.
+
+    Attributes:
+        records: one per line, but for those of tables.
+        tables: likewise.
+        complaints: for each line that gives neither, where and why.
+    """
+
+    records: list[Record]
+    tables: list[DispatchTable]
+    complaints: list[str]
+
+
 def parse_lines(
     content: bytes, name: object, refuse: Callable[[Record], str | None] = lambda record: None
-) -> tuple[list[Record], list[str]]:
-    """The records of a file's content, and for each line that gives none where and why.
+) -> Lines:
+    """The records and dispatch tables of a file's content.
 
     Args:
         content: of the file.
         name: of the file.
         refuse: why a record that parses is out of place, or None.
     """
-    records, complaints = [], []
+    found = Lines([], [], [])
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
+            if generalised.is_line(line):
+                found.tables.append(generalised.parse(line))
+                continue
             record = rows.parse(line)
             reason = refuse(record)
         except ValueError as error:  # a UnicodeDecodeError is one too
             reason = str(error)
         if reason is None:
-            records.append(record)
+            found.records.append(record)
         else:
-            complaints.append(f"{name}:{number}: {reason}")
-    return records, complaints
+            found.complaints.append(f"{name}:{number}: {reason}")
+    return found
 
 
 def summary(complaints: list[str]) -> str:
@@ -47,8 +66,8 @@ def summary(complaints: list[str]) -> str:
     return f"{text}; and {more} more" if more > 0 else text
 
 
-def read_dump(path: Path) -> tuple[list[Record], list[str]]:
-    """The records of a dump, and complaints about the lines that do not parse.
+def read_dump(path: Path) -> Lines:
+    """The records and tables of a dump, and complaints about the lines that do not parse.
 
     Raises:
         InvalidInput: the file cannot be read.
@@ -61,16 +80,16 @@ def read_dump(path: Path) -> tuple[list[Record], list[str]]:
             f"{path} cannot be read ({error.strerror or error}); give a file that autoflash db "
             "dump wrote."
         ) from None
-    records, complaints = parse_lines(content, path)
-    if complaints and not records:
+    found = parse_lines(content, path)
+    if found.complaints and not (found.records or found.tables):
         raise DatabaseCorrupt(
-            f"{path} is not a dump of autoflash: {summary(complaints)}. Nothing was loaded."
+            f"{path} is not a dump of autoflash: {summary(found.complaints)}. Nothing was loaded."
         )
-    return records, complaints
+    return found
 
 
-def write_dump(path: Path, records: Iterable[Record]) -> int:
-    """Write records in order, one per line; a former file stays if anything goes wrong.
+def write_dump(path: Path, records: Iterable[Record], tables: Iterable[DispatchTable] = ()) -> int:
+    """Write records in order, then tables, one per line; a former file stays on any failure.
 
     Returns:
         The number of lines.
@@ -79,6 +98,7 @@ def write_dump(path: Path, records: Iterable[Record]) -> int:
         DatabaseError: the file cannot be written.
     """
     lines = [rows.canonical(record.to_dict()) for record in sorted(records, key=rows.sort_key)]
+    lines += [generalised.to_line(table) for table in generalised.sorted_tables(tables)]
     content = "".join(f"{line}\n" for line in lines).encode()
     target = path.resolve()
     # A pipe or a device is written to, not replaced.

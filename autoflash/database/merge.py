@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 
 import sqlalchemy as sa
 
-from autoflash.database import tables, trials, winners
+from autoflash.database import generalised, tables, trials, winners
 from autoflash.database.store import CHUNK, Store
 
 
 def merge(target: Store, source: Store, current: Callable[[], Mapping[str, str]]) -> int:
-    """Copy runs, trials and locally tuned winners; returns how many trials and winners were new.
+    """Copy runs, trials, and winners and tables made there; returns how many of these were new.
 
     Args:
         target: where to.
@@ -45,4 +45,8 @@ def merge(target: Store, source: Store, current: Callable[[], Mapping[str, str]]
         )
         stored = target.write_in_chunks(entries, trials.put)
     bests = source.select(tables.best, {}, {"pack": None}, best.problem, best.device_key)
-    return stored + target.write_in_chunks(bests, lambda c, some: winners.put_all(c, some, current))
+    stored += target.write_in_chunks(bests, lambda c, some: winners.put_all(c, some, current))
+    made_here = source.dispatch_tables(tables.dispatch.c.pack.is_(None))
+    return stored + target.write_in_chunks(
+        made_here, lambda c, some: generalised.put_all(c, some, current)
+    )

@@ -154,7 +154,21 @@ def _with_problem_fields(text: str, added: Mapping[str, Any]) -> str | None:
         return None  # damaged: readers leave it out and say so
 
 
-MIGRATIONS: list[Callable[[Operations], None]] = [m001_initial, m002_windows]
+def m003_dispatch(op: Operations) -> None:
+    """Dispatch tables: what serves the shapes between those that were tuned."""
+    op.create_table(
+        "dispatch",
+        sa.Column("family", sa.String(255), primary_key=True),
+        sa.Column("device_key", sa.String(255), sa.ForeignKey("device.key"), primary_key=True),
+        sa.Column("arch", sa.String(32), nullable=False),
+        sa.Column("policy", sa.String(255), nullable=False),
+        sa.Column("created", sa.String(32), nullable=False),
+        sa.Column("pack", sa.String(255), sa.ForeignKey("pack.name")),
+        sa.Column("content", sa.Text, nullable=False),
+    )
+
+
+MIGRATIONS: list[Callable[[Operations], None]] = [m001_initial, m002_windows, m003_dispatch]
 """In order: the n-th makes version n of version n - 1. One that was released is never changed."""
 
 

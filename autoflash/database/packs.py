@@ -8,9 +8,9 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from autoflash.database import lines, winners
+from autoflash.database import generalised, lines, winners
 from autoflash.database.rows import utc_now
-from autoflash.database.tables import best, pack
+from autoflash.database.tables import best, dispatch, pack
 
 
 def read(directory: Path) -> dict[Path, bytes]:
@@ -37,7 +37,7 @@ def load(
     contents: Mapping[Path, bytes],
     current: Callable[[], Mapping[str, str]],
 ) -> list[str]:
-    """Replace every winner that came from a pack by those of these packs.
+    """Replace every winner and dispatch table that came from a pack by those of these packs.
 
     All of them, not only those of a pack that changed: one pack may have hidden a row of another,
     and they are small.
@@ -48,16 +48,19 @@ def load(
         current: gives template name -> digest of the template as installed.
 
     Returns:
-        A complaint, with file and line, about each line that is not the record of a winner.
+        A complaint, with file and line, about each line that holds neither a winner nor a table.
     """
-    connection.execute(sa.delete(best).where(best.c.pack.is_not(None)))
+    for shipped in (best, dispatch):
+        connection.execute(sa.delete(shipped).where(shipped.c.pack.is_not(None)))
     connection.execute(sa.delete(pack))
     complaints: list[str] = []
     for path, content in contents.items():
         row = {"name": path.name, "digest": sha256(content).hexdigest(), "loaded": utc_now()}
         connection.execute(pack.insert().values(row))
-        records, bad = lines.parse_lines(content, path, winners.unfit)
-        complaints += bad
-        for record in records:
+        found = lines.parse_lines(content, path, winners.unfit)
+        complaints += found.complaints
+        for record in found.records:
             winners.put(connection, record, current, pack_name=path.name)
+        for table in found.tables:
+            generalised.put(connection, table, current, pack_name=path.name)
     return complaints

@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from autoflash.database import rows
+from autoflash.database import generalised, rows
 from autoflash.database.connection import explained, refusal
 from autoflash.database.opening import Opened, copied_to_memory
+from autoflash.database.tables import dispatch
+from autoflash.dispatch_table import DispatchTable
 from autoflash.errors import DatabaseError, UnknownName
 from autoflash.record import Record
 
@@ -118,10 +120,25 @@ class Store:
             found = connection.execute(query).all()
         return [record for *key, text in found for record in self.parsed(table, tuple(key), text)]
 
+    def dispatch_tables(self, *conditions: sa.ColumnElement[bool]) -> list[DispatchTable]:
+        """The dispatch tables of the rows of which all this holds, by family and device."""
+        order = (dispatch.c.family, dispatch.c.device_key)
+        query = sa.select(*order, dispatch.c.content).where(*conditions).order_by(*order)
+        with self.reading() as connection:
+            found = connection.execute(query).all()
+        return [
+            table
+            for family, device_key, text in found
+            for table in self._valid(dispatch, (family, device_key), text, generalised.parse)
+        ]
+
     def parsed(self, table: sa.Table, key: Any, text: str) -> list[Record]:
         """The record of a row; or nothing, and one warning per table."""
+        return self._valid(table, key, text, rows.parse)
+
+    def _valid(self, table: sa.Table, key: Any, text: str, parse: Callable[[str], T]) -> list[T]:
         try:
-            return [rows.parse(text)]
+            return [parse(text)]
         except ValueError as error:
             bad = self._bad.setdefault(table.name, set())
             if not bad:

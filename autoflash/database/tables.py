@@ -126,3 +126,17 @@ pack = sa.Table(
     sa.Column("loaded", sa.String(32), nullable=False),
 )
 """The files of tuning_db/ that were loaded, with the sha256 of their content."""
+
+dispatch = sa.Table(
+    "dispatch",
+    metadata,
+    sa.Column("family", sa.String(255), primary_key=True),
+    sa.Column("device_key", sa.ForeignKey("device.key"), primary_key=True),
+    sa.Column("arch", sa.String(32), nullable=False),
+    sa.Column("policy", sa.String(255), nullable=False),
+    sa.Column("created", sa.String(32), nullable=False),
+    sa.Column("pack", sa.ForeignKey("pack.name")),
+    sa.Column("content", sa.Text, nullable=False),
+)
+"""The dispatch table of each family and device. `content` is DispatchTable.to_dict() as canonical
+JSON, `pack` the pack it came from, null if made here."""

@@ -3,6 +3,7 @@
 In this order, the first that is feasible and can be built:
 
 exact    the record of this very problem, measured on this very device;
+table    what the dispatch table of its family has for such shapes, measured on this very device;
 bucket   the nearest record (Problem.distance, at most MAX_DISTANCE): measured on this device, else
          measured on another device of this arch, else predicted for this arch;
 default  the default config of a template that accepts the problem, in the order of FAMILIES;
@@ -17,37 +18,25 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeVar, cast
+from typing import TypeVar, cast
 
 from autoflash import build
 from autoflash.build import Kernel
 from autoflash.codegen.catalog import Catalog
+from autoflash.codegen.defaults import Default, default_of, place
 from autoflash.codegen.template import Source, Template
 from autoflash.config import Config
 from autoflash.device import Device
+from autoflash.dispatch_table import DispatchTable, Family, by_family
 from autoflash.errors import InvalidInput
-from autoflash.problem import Problem
+from autoflash.problem import MAX_DISTANCE, Problem
 from autoflash.record import Record
 from autoflash.runtime import warn
 
 T = TypeVar("T")
 
-MAX_DISTANCE = 6.0
-"""Farthest record that may stand in, in doublings: both sequence lengths eight times as long.
-
-Beyond that the work is of another kind: a decoding step (seqlen_q 1) is 12 doublings away from a
-prefill of 4096, and a template's default fits it better than the winner of the other.
-"""
-
 MOST_ANSWERS = 4096
 """Answers of templates kept; one that reads a sequence length makes a new one with every token."""
-
-FAMILIES = ("cuda", "gluon", "triton", "cpp")
-"""Which default is tried first where several templates accept: the more specialised, then by name.
-
-Families that are not listed come last, and after them templates that say that they are slow here
-(`yields`).
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +44,12 @@ class Choice:
     """A config that may serve a problem, and why it is considered.
 
     Attributes:
-        rule: "exact", "bucket" or "default".
+        rule: "exact", "table", "bucket" or "default".
         template: what the config is of.
         config: a feasible one.
-        record: where it was learned; None for a default.
+        record: where it was learned; None for a table's and a default.
         reason: one line saying why this one.
+        table: that it comes from.
     """
 
     rule: str
@@ -67,14 +57,7 @@ class Choice:
     config: Config
     record: Record | None
     reason: str
-
-
-class _Default(NamedTuple):
-    """What a template serves without a record: what that is, and whether others go first."""
-
-    config: Config
-    what: str
-    gives_way: bool
+    table: DispatchTable | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +66,10 @@ class Served:
 
     Attributes:
         problem: what was asked.
-        rule: "exact", "bucket", "default" or "torch".
+        rule: "exact", "table", "bucket", "default" or "torch".
         kernel: what runs; None where PyTorch does.
         config: of the kernel.
-        record: where the config was learned; None for defaults and PyTorch.
+        record: where the config was learned; None for tables, defaults and PyTorch.
         reason: one line saying why.
         failures: what would have been better but cannot be built or launched, with the reason;
             each was told in a warning.
@@ -111,12 +94,27 @@ class Index:
             measured on this device, 1 on another of its arch, 2 is predicted.
         all: every record that holds.
         rejected: (record, reason) of those that do not hold.
+        tables: those of this device, by family.
     """
 
     exact: dict[Problem, Record]
     groups: dict[tuple[object, ...], list[tuple[int, Record]]]
     all: list[Record]
     rejected: list[tuple[Record, str]]
+    tables: dict[Family, DispatchTable]
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What tuning left for an arch.
+
+    Attributes:
+        records: winners.
+        tables: what serves the shapes between them.
+    """
+
+    records: Iterable[Record] = ()
+    tables: Iterable[DispatchTable] = ()
 
 
 class Dispatcher:
@@ -124,7 +122,8 @@ class Dispatcher:
 
     Args:
         device: where kernels run.
-        records: what was learned, or a function that reads it, called on the first problem.
+        records: what was learned, or a function that reads it, called on the first problem; it
+            may give Learned, with tables beside the records.
         catalog: the templates.
         build_kernel: turns rendered source into a kernel on that device.
         missing: why a kernel is neither built nor can be built here, by its language, what renders
@@ -134,7 +133,7 @@ class Dispatcher:
     def __init__(
         self,
         device: Device,
-        records: Iterable[Record] | Callable[[], Iterable[Record]],
+        records: Iterable[Record] | Learned | Callable[[], Iterable[Record] | Learned],
         catalog: Catalog,
         build_kernel: Callable[[Source, Device], Kernel] = build.build,
         missing: Callable[[str, Callable[[], Source], Device], str | None] = build.missing,
@@ -160,8 +159,9 @@ class Dispatcher:
         """The records, read on first use."""
         with self._lock:
             if self._index is None:
-                records = self._records() if callable(self._records) else self._records
-                self._index = _index(records, self.device, self.catalog)
+                found = self._records() if callable(self._records) else self._records
+                learned = found if isinstance(found, Learned) else Learned(found)
+                self._index = _index(learned, self.device, self.catalog)
             return self._index
 
     def reload(self) -> None:
@@ -179,8 +179,12 @@ class Dispatcher:
         """Every config worth building for a problem, best first; none means PyTorch."""
         if (learned := self._learned(problem)) is not None:
             yield learned
+        yield from self._defaults(problem)
+
+    def _defaults(self, problem: Problem) -> Iterator[Choice]:
+        """The defaults of the templates that accept a problem, in order."""
         later: list[Choice] = []
-        for template in sorted(self.catalog.templates.values(), key=_family):
+        for template in sorted(self.catalog.templates.values(), key=place):
             found = self._default(template, problem)
             if found is None or self._lack(template, found.config, problem) is not None:
                 continue
@@ -218,8 +222,9 @@ class Dispatcher:
 
     def infeasible(self, record: Record, problem: Problem) -> str | None:
         """Why the config of a record that holds cannot serve `problem` here; None if it can."""
-        template, config = self.catalog.get(record.config.template), record.config
+        return self._infeasible(self.catalog.get(record.config.template), record.config, problem)
 
+    def _infeasible(self, template: Template, config: Config, problem: Problem) -> str | None:
         def ask() -> str | None:
             refusal = template.refusal(problem, self.device)
             return refusal or template.broken(config, problem, self.device)
@@ -227,20 +232,11 @@ class Dispatcher:
         refusal = self._remembered(template, config, problem, ask)
         return refusal or self._lack(template, config, problem)
 
-    def _default(self, template: Template, problem: Problem) -> _Default | None:
+    def _default(self, template: Template, problem: Problem) -> Default | None:
         """What serves without a record; None if the template refuses."""
 
-        def ask() -> _Default | None:
-            if template.refusal(problem, self.device) is not None:
-                return None
-            gives_way = template.gives_way(problem, self.device)
-            after = f"; others go first: {gives_way}" if gives_way else ""
-            config = template.default_config(problem, self.device)
-            if template.broken(config, problem, self.device) is None:
-                return _Default(config, f"the template's default{after}", bool(gives_way))
-            seeds = template.seed_configs(problem, self.device)
-            what = f"the template's first seed{after}"
-            return _Default(seeds[0], what, bool(gives_way)) if seeds else None
+        def ask() -> Default | None:
+            return default_of(template, problem, self.device)
 
         return self._remembered(template, None, problem, ask)
 
@@ -260,6 +256,8 @@ class Dispatcher:
         record = index.exact.get(problem)
         if record is not None and self.infeasible(record, problem) is None:
             return self._choice(record, problem, 0.0)
+        if (tabled := self._tabled(problem)) is not None:
+            return tabled
         group = index.groups.get(_group(problem), [])
         distances = [problem.distance(record.problem) for _, record in group]
         ranked = sorted(
@@ -272,6 +270,34 @@ class Dispatcher:
             if self.infeasible(record, problem) is None:
                 return self._choice(record, problem, distance)
         return None
+
+    def _tabled(self, problem: Problem) -> Choice | None:
+        """What the family's table has for such a shape, if its leaf still holds.
+
+        A leaf holds while what it serves is of a template that has not changed since: the table was
+        made by comparing the one that there was. Where it does not, the next rules apply.
+        """
+        table = self.index.tables.get(Family.of(problem))
+        leaf = None if table is None else table.leaf(problem)
+        if table is None or leaf is None:
+            return None
+        config = table.config_of(leaf)
+        if config is None:
+            default = next(self._defaults(problem), None)
+            if default is None:
+                return None
+            config = default.config
+        template = self.catalog.templates.get(config.template)
+        if template is None or not table.is_current(template.name, template.digest):
+            return None
+        if leaf.config is not None and self._infeasible(template, config, problem) is not None:
+            return None
+        what = "" if leaf.config is not None else ", where the default is best"
+        reason = (
+            f"dispatch table {table.family.name}: {leaf}{what}; {leaf.probes} shapes measured, "
+            f"{leaf.mean:.1%} behind the best of each on average, {leaf.worst:.1%} at worst"
+        )
+        return Choice("table", template, config, None, reason, table)
 
     def _choice(self, record: Record, problem: Problem, distance: float) -> Choice:
         how = "measured" if record.is_measured else "predicted"
@@ -356,12 +382,12 @@ def _warn_of_failure(config: Config, device: Device, reason: str) -> None:
     )
 
 
-def _index(records: Iterable[Record], device: Device, catalog: Catalog) -> Index:
+def _index(learned: Learned, device: Device, catalog: Catalog) -> Index:
     exact: dict[Problem, Record] = {}
     groups: dict[tuple[object, ...], list[tuple[int, Record]]] = {}
     rejected: list[tuple[Record, str]] = []
     held: list[Record] = []
-    for record in records:
+    for record in learned.records:
         if (reason := _stale(record, device, catalog)) is not None:
             rejected.append((record, reason))
             continue
@@ -372,7 +398,8 @@ def _index(records: Iterable[Record], device: Device, catalog: Catalog) -> Index
             rival = exact.get(record.problem)
             if rival is None or (record.latency_us or 0.0) < (rival.latency_us or 0.0):
                 exact[record.problem] = record
-    return Index(exact, groups, held, rejected)
+    tables = by_family(table for table in learned.tables if table.device.key == device.key)
+    return Index(exact, groups, held, rejected, tables)
 
 
 def _stale(record: Record, device: Device, catalog: Catalog) -> str | None:
@@ -403,9 +430,3 @@ def _group(problem: Problem) -> tuple[object, ...]:
         problem.op, problem.element_size, problem.head_dim, problem.head_dim_v, problem.causal,
         problem.local, problem.softcapped,
     )  # fmt: skip
-
-
-def _family(template: Template) -> tuple[int, str]:
-    family = template.name.split("/")[0]
-    place = FAMILIES.index(family) if family in FAMILIES else len(FAMILIES)
-    return place, template.name

@@ -10,10 +10,11 @@ from typing import Any
 from autoflash.codegen import catalog
 from autoflash.config import Config
 from autoflash.device import Device, native
-from autoflash.problem import Problem
+from autoflash.dispatch_table import DispatchTable
+from autoflash.problem import MAX_DISTANCE, Problem
 from autoflash.record import Record
 from autoflash.runtime import serving
-from autoflash.runtime.dispatch import MAX_DISTANCE, Dispatcher
+from autoflash.runtime.dispatch import Dispatcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +50,9 @@ class Explanation:
     Attributes:
         problem: what is asked.
         device: where.
-        rule: "exact", "bucket", "default" or "torch" (autoflash.runtime.dispatch).
+        rule: "exact", "table", "bucket", "default" or "torch" (autoflash.runtime.dispatch).
         config: what serves; None for PyTorch.
-        record: where the config was learned; None for defaults and PyTorch.
+        record: where the config was learned; None for tables, defaults and PyTorch.
         reason: one line saying why.
         next: (rule, config, reason) of what is tried where the kernel cannot be built.
         nearest: the nearest other records, nearest first.
@@ -59,6 +60,7 @@ class Explanation:
             compiler this machine lacks for it.
         rejected: (record, reason) of records of the same kind that do not hold any more, or
             whose config is not feasible for this problem.
+        table: the dispatch table that serves it; None where another rule does.
     """
 
     problem: Problem
@@ -71,6 +73,7 @@ class Explanation:
     nearest: list[Neighbour]
     refused: dict[str, str]
     rejected: list[tuple[Record, str]]
+    table: DispatchTable | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
@@ -90,6 +93,7 @@ class Explanation:
             "rejected": [
                 {"record": record.to_dict(), "reason": reason} for record, reason in self.rejected
             ],
+            "table": self.table.to_dict() if self.table else None,
         }
 
 
@@ -133,11 +137,12 @@ def explain(
             *((r, why) for r, why in index.rejected if math.isfinite(problem.distance(r.problem))),
             *_infeasible(asked, problem),
         ],
+        table=first.table if first else None,
     )
 
 
 def _dispatcher(device: Device) -> Dispatcher:
-    return Dispatcher(device, lambda: serving.stored_records(device), catalog.installed())
+    return Dispatcher(device, lambda: serving.stored(device), catalog.installed())
 
 
 def _infeasible(asked: Dispatcher, problem: Problem) -> list[tuple[Record, str]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -22,9 +21,9 @@ from autoflash.codegen import catalog, ops
 from autoflash.codegen.template import Source
 from autoflash.device import Device, of_tensor
 from autoflash.errors import UnsupportedProblem
-from autoflash.record import Record
-from autoflash.runtime import options, prepare, request, warn
-from autoflash.runtime.dispatch import Dispatcher, Served
+from autoflash.problem import Problem
+from autoflash.runtime import options, prepare, recording, request, warn
+from autoflash.runtime.dispatch import Dispatcher, Learned, Served
 from autoflash.runtime.prepare import Result, Run
 from autoflash.runtime.request import UNSCALED, Descales
 
@@ -100,25 +99,25 @@ def dispatcher(device_type: str, index: int | None) -> Dispatcher:
             device = of_tensor(device_type, index)
             on_device = partial(_build_on, place)
             _dispatchers[place] = Dispatcher(
-                device, partial(stored_records, device), catalog.installed(), on_device
+                device, partial(stored, device), catalog.installed(), on_device
             )
         return _dispatchers[place]
 
 
-def stored_records(device: Device) -> Iterable[Record]:
+def stored(device: Device) -> Learned:
     """What the database knows for this arch; nothing, and a warning, where it cannot be read."""
     # A database must never stand between a caller and an answer.
     try:
         from autoflash.database import Database
 
         with Database.open() as database:
-            return database.bests(arch=device.arch)
+            return Learned(database.bests(arch=device.arch), database.tables(device.key))
     except Exception as error:
         warn.once(
             f"the tuning database cannot be read, so templates serve with their defaults: "
             f"{type(error).__name__}: {error}"
         )
-        return ()
+        return Learned()
 
 
 def reload() -> None:
@@ -134,6 +133,7 @@ def reset() -> None:
     with _lock:
         _dispatchers.clear()
         prepared.clear()
+        recording.reset()
         warn.forget()
 
 
@@ -172,13 +172,19 @@ def _first(
     )  # fmt: skip
     addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr())
     scaled = () if descales is None else (descales,)
+    given = (q, k, v, *addresses, softmax_scale, return_lse, *scaled)
 
-    def finish(run: Run, keep: bool = True) -> Result:
-        result = run(q, k, v, *addresses, softmax_scale, return_lse, *scaled)
-        if keep:
+    def keep(run: Run, problem: Problem | None, again: bool = True) -> None:
+        if problem is not None:
+            run = recording.counted(run, problem)
+        if again:
             if len(prepared) >= MOST_CALLS:
                 prepared.clear()
             prepared[key] = run
+
+    def finish(run: Run, problem: Problem | None = None, again: bool = True) -> Result:
+        result = run(*given)
+        keep(run, problem, again)
         return result
 
     _, s, _ = ops.LAYOUT_AXES[layout]
@@ -199,9 +205,10 @@ def _first(
             if not served.failures:  # those were told when they happened
                 _warn_of_torch(served, chosen.device)
             # What is decided during a capture holds for that capture only.
-            return finish(by_torch, keep=not capturing)
+            return finish(by_torch, problem, again=not capturing)
         try:
-            return finish(prepare.kernel_call(served.kernel, problem, q, k, v, layout))
+            run = prepare.kernel_call(served.kernel, problem, q, k, v, layout)
+            result = run(*given)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
@@ -209,6 +216,9 @@ def _first(
                 raise  # what is on the stream already cannot be taken back
             # Next time round another config serves, at last PyTorch.
             chosen.gave_up(served, f"{type(error).__name__}: {str(error).strip()}")
+        else:
+            keep(run, problem)
+            return result
 
 
 def _warn_of_torch(served: Served, device: Device) -> None:
@@ -289,6 +299,8 @@ def _after_fork() -> None:
     _lock = threading.RLock()
     for each in _dispatchers.values():
         each.after_fork()
+    if recording.after_fork():
+        prepared.clear()
 
 
 if hasattr(os, "register_at_fork"):

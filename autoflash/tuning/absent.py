@@ -151,10 +151,10 @@ class Predictions:
         return predict(self.problem, config, device, derived, resources)
 
     def _finish(self, record: Record) -> None:
-        self._run.database.add(record, self._run.number)
+        self._run.ledger.trial(record, self._run.number)
         self.fresh += 1
         self._keep(record)
-        self._report(record, "")
+        self._report(record, self._run.ledger.trouble)
 
     def _keep(self, record: Record) -> None:
         if (old := self.records.get(record.config)) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Sequence
 
@@ -27,6 +28,7 @@ class Budget:
         per_problem: float | None,
         in_all: float | None,
         running: bool,
+        devices: int = 1,
     ) -> None:
         """Plan the time.
 
@@ -36,15 +38,21 @@ class Budget:
             per_problem: seconds, on average; None is no limit.
             in_all: seconds for all together, in place of per_problem times their number.
             running: whether configs are run; if they are only compiled all problems weigh alike.
+            devices: how many problems are tuned at once.
         """
         self._hard = in_all is not None
+        turns = math.ceil(len(problems) / devices)
+        self._at_once = len(problems) / turns  # on average: 6 problems on 4 devices take two turns
         if in_all is not None:
             self._seconds = in_all
         else:
-            self._seconds = math.inf if per_problem is None else per_problem * len(problems)
-        fair = self._seconds / len(problems) if math.isfinite(self._seconds) else 1.0
+            self._seconds = math.inf if per_problem is None else per_problem * turns
+        fair = self._seconds / turns if math.isfinite(self._seconds) else 1.0
         costs = [_CALLS * call_s(p, device) if running else 0.0 for p in problems]
         self._weights = [fair / 2 + cost for cost in costs]
+        self._waiting = set(range(len(problems)))
+        self._under_way: dict[int, float] = {}  # index -> its deadline
+        self._lock = threading.Lock()
         self.start()
 
     def start(self) -> None:
@@ -59,13 +67,28 @@ class Budget:
         """time.monotonic() at which the problem that starts now should be finished.
 
         Args:
-            index: its place; those before it are finished.
+            index: its place.
         """
         if math.isinf(self._end):
             return math.inf
-        now = time.monotonic()
-        left = max(0.0, self._end - now)
-        return now + left * self._weights[index] / sum(self._weights[index:])
+        with self._lock:
+            now = time.monotonic()
+            left = max(0.0, self._end - now)
+            self._under_way.pop(index, None)  # another device had it, and failed
+            taken = sum(max(0.0, end - now) for end in self._under_way.values())
+            share = self._weights[index] / sum(
+                self._weights[other] for other in self._waiting | {index}
+            )
+            self._waiting.discard(index)
+            end = now + min(left, max(0.0, self._at_once * left - taken) * share)
+            self._under_way[index] = end
+            return end
+
+    def finish(self, index: int) -> None:
+        """The problem of that place is finished, or skipped."""
+        with self._lock:
+            self._waiting.discard(index)
+            self._under_way.pop(index, None)
 
 
 def call_s(problem: Problem, device: Device) -> float:

@@ -18,7 +18,8 @@ class Effort:
             None is no limit.
         timing_ms: time spent in full timing of one config, at least.
         finalists: configs timed again beside the default and PyTorch.
-        rounds: interleaved rounds of the finals; five are the fewest that can prove anything.
+        rounds: interleaved rounds of the finals. Five are the fewest that can prove anything of
+            one finalist, six of up to three, nine of up to 25.
         finals_ms: time spent on each finalist, at least.
         compiles: for a device that is absent: most configs compiled, the promising ones first.
         compile_seconds: likewise, time for compiling. None is no limit.
@@ -45,7 +46,7 @@ class Effort:
 EFFORTS = {
     effort.name: effort
     for effort in (
-        Effort(name="quick", trials=24, seconds=8.0, timing_ms=30.0, finalists=2, rounds=5,
+        Effort(name="quick", trials=24, seconds=8.0, timing_ms=30.0, finalists=2, rounds=6,
                finals_ms=60.0, compiles=24, compile_seconds=12.0),
         Effort(name="normal", trials=150, seconds=120.0, timing_ms=50.0, finalists=4, rounds=9,
                finals_ms=150.0, compiles=400, compile_seconds=36.0),

@@ -11,6 +11,7 @@ from typing import Any
 import autoflash
 from autoflash import settings
 from autoflash.device import Device
+from autoflash.tuning.boards import short
 from autoflash.tuning.telemetry import Telemetry
 
 _PEER_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cutlass-dsl")
@@ -20,7 +21,8 @@ def environment(device: Device) -> dict[str, Any]:
     """Versions of all that takes part in a measurement on `device`; JSON-ready.
 
     Args:
-        device: a GPU that is present adds driver, CUDA and cuDNN; a CPU adds compiler and threads.
+        device: a GPU that is present adds board, driver, CUDA and cuDNN; a CPU adds
+            compiler and threads.
     """
     facts = _versions(device)
     if not device.is_cuda:
@@ -48,7 +50,9 @@ def _versions(device: Device) -> dict[str, Any]:
             cudnn: Any = torch.backends.cudnn  # no types published
             facts["cudnn"] = cudnn.version()
             properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-            facts["driver"] = Telemetry(str(getattr(properties, "uuid", "")) or None).driver
+            uuid = str(getattr(properties, "uuid", ""))
+            facts["driver"] = Telemetry(uuid or None).driver
+            facts["board"] = short(uuid) or None  # those of a kind are not of one speed
         facts.update({name: _version(name) for name in _PEER_PACKAGES})
     else:
         facts["cxx"] = _compiler(settings.get().cxx)

@@ -64,6 +64,7 @@ class Check(NamedTuple):
         reason: what is wrong first, with both values; empty if nothing.
         max_error: largest absolute error.
         where: the worst element, such as "out[0, 3, 1, 7]", or the first wrong one.
+        harmed: whether the kernel wrote where it must not, and may have written anywhere.
     """
 
     ok: bool
@@ -71,6 +72,7 @@ class Check(NamedTuple):
     reason: str = ""
     max_error: float | None = None
     where: str = ""
+    harmed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

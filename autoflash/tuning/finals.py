@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from autoflash.codegen.template import Source
 from autoflash.config import Config
 from autoflash.errors import WorkerError
 from autoflash.problem import Problem
@@ -14,11 +15,13 @@ from autoflash.record import Measurement, Record
 from autoflash.tuning import wire
 from autoflash.tuning.run import Run, now
 from autoflash.tuning.timing import Interleaved
-from autoflash.tuning.trials import evaluate_timeout_s, explain
+from autoflash.tuning.trials import SLOWER, evaluate_request, evaluate_timeout_s, explain
 
 NEAR = 1.1
 """Finalists are within this factor of the best: single timings differ by less from run to run."""
 TRIES = 2
+ATTEMPTS = 3
+"""Finals that fail are held again, without those that made them fail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,34 +93,37 @@ def decide(run: Run, problem: Problem, records: Sequence[Record], defaults: Sequ
         record = by_config.get(config)
         if record is not None and record.outcome in ("ok", "slow"):
             entrants.setdefault(config, record)
-    names = {config: str(number) for number, config in enumerate(entrants)}
-    request = {
-        "kind": "finals",
-        "sources": {
-            names[config]: wire.source_to_dict(
-                run.templates[config.template].render(config, problem, run.device)
-            )
-            for config in entrants
-        },
-        "problem": problem.to_dict(),
-        "device": run.device.to_dict(),
-        "seed": run.seed,
+    reply: dict[str, Any] = {}
+    for _ in range(ATTEMPTS):
         # With nothing but defaults there is nothing to prove.
-        "rounds": run.effort.rounds if set(entrants) - set(defaults) else 3,
-        "finals_ms": run.effort.finals_ms,
-    }
-    timeout_s = evaluate_timeout_s(run.effort, problem, run.device) * (2 + len(entrants))
-    reply = ask(run, request, timeout_s)
+        rounds = run.effort.rounds if set(entrants) - set(defaults) else 3
+        reply = turns(run, problem, list(entrants), rounds=rounds, best_us=best_us)
+        if reply["outcome"] == "ok":
+            break
+        for config, failure in guilty(run, problem, list(entrants), reply).items():
+            # Stored as it is now, it and its twins stand in nobody's way again.
+            for record in records:
+                if record.source_digest == failure.source_digest or record.config == config:
+                    twin = dataclasses.replace(failure, config=record.config)
+                    run.ledger.trial(twin, run.number)
+            del entrants[config]
+        if not entrants:
+            break
+    names = _names(entrants)
     if reply["outcome"] != "ok":
         reason = f"the finals failed: {explain(reply)}"
-        return Verdict(finalists[0], False, (), reason)
+        best = next((record for record in finalists if record.config in entrants), finalists[0])
+        return Verdict(best, False, (), reason)
     times = {name: Measurement.from_dict(m) for name, m in reply["measurements"].items()}
     timed = Interleaved(times, reply["rounds"])
     # Twins of one source stand for each other: compare records by their entry's name.
     rivals = [names[config] for config in defaults if config in names]
     baseline = min(rivals, key=lambda name: times[name].latency_us, default=None)
     winner = min(names.values(), key=lambda name: times[name].latency_us)
-    improved = baseline is None or (winner != baseline and timed.beats(winner, baseline))
+    challengers = len(set(entrants) - set(defaults))
+    improved = baseline is None or (
+        winner != baseline and timed.beats(winner, baseline, rivals=max(1, challengers))
+    )
     if not improved and baseline is not None:
         winner = baseline
     provider = reply["provider"]
@@ -139,10 +145,83 @@ def decide(run: Run, problem: Problem, records: Sequence[Record], defaults: Sequ
     return Verdict(every[winner], improved, tuple(every.values()))
 
 
-def ask(run: Run, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+def _names(entrants: Iterable[Config]) -> dict[Config, str]:
+    """Config -> the name under which it is timed."""
+    return {config: str(number) for number, config in enumerate(entrants)}
+
+
+def turns(
+    run: Run,
+    problem: Problem,
+    entrants: Sequence[Config],
+    *,
+    rounds: int,
+    best_us: float,
+    torch: bool = True,
+) -> dict[str, Any]:
+    """The worker's answer to timing these configs in turns, each under its place among them.
+
+    Args:
+        run: gives worker and effort.
+        problem: which.
+        entrants: to be timed.
+        rounds: how many turns each gets.
+        best_us: time of the fastest, about.
+        torch: whether PyTorch's best takes part.
+    """
+    request = {
+        "kind": "finals",
+        "sources": {
+            name: wire.source_to_dict(_source(run, problem, config))
+            for config, name in _names(entrants).items()
+        },
+        "problem": problem.to_dict(),
+        "device": run.device.to_dict(),
+        "seed": run.seed,
+        "rounds": rounds,
+        "finals_ms": run.effort.finals_ms,
+        "torch": torch,
+    }
+    alone_s = evaluate_timeout_s(run.effort, problem, run.device)
+    return ask(run, request, 2 * alone_s + SLOWER * estimate_s(run, best_us))
+
+
+def guilty(
+    run: Run, problem: Problem, entrants: Sequence[Config], reply: Mapping[str, Any]
+) -> dict[Config, Record]:
+    """Which configs made the finals fail, and what is to be stored of them.
+
+    The worker names those that were wrong. Of a worker that died or hung nobody knows which it
+    was: each is run once more alone.
+    """
+    failures: dict[Config, Record] = {}
+    wrong = reply.get("wrong", {})
+    for config, name in _names(entrants).items():
+        source = _source(run, problem, config)
+        if "wrong" in reply:
+            answer = {"outcome": "wrong_result", "reason": wrong[name]} if name in wrong else {}
+        else:
+            request = evaluate_request(run, problem, source, None)
+            timeout_s = evaluate_timeout_s(run.effort, problem, run.device)
+            answer = ask(run, request, timeout_s)
+        if answer and answer["outcome"] != "ok" and "raise" not in answer:
+            reason = f"in the finals: {explain(answer)}"
+            failures[config] = run.record(
+                problem, config, answer["outcome"], source=source, reason=reason
+            )
+    return failures
+
+
+def _source(run: Run, problem: Problem, config: Config) -> Source:
+    return run.templates[config.template].render(config, problem, run.device)
+
+
+def ask(
+    run: Run, request: Mapping[str, Any], timeout_s: float, tries: int = TRIES
+) -> dict[str, Any]:
     """Have the device's worker answer one request; a second time in a fresh process if it fails."""
     reply: dict[str, Any] = {}
-    for _ in range(TRIES):
+    for _ in range(tries):
         run.workers.submit("device", str(request["kind"]), request, timeout_s)
         while True:
             answers = [f.reply for f in run.workers.wait(1.0) if f.role == "device"]

@@ -7,6 +7,8 @@ between guard zones, so that what is left unwritten and what is written outside 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,10 +73,32 @@ class Inputs:
                     f"{name} is NaN or was left unwritten at {unwritten} of {view.numel()} "
                     f"elements, first at {name}{where} (layout {self.layout})"
                 )
-            outside = buffer.numel() - view.numel()
-            if int(buffer.isnan().sum()) - unwritten != outside:
+            if _touched(view, buffer):
                 return f"it wrote outside of {name}"
         return None
+
+    def overrun(self) -> bool:
+        """Whether a kernel wrote into the guard zones since `poison`."""
+        pairs = ((self.out, self._buffers[3]), (self.lse, self._buffers[4]))
+        return any(_touched(view, buffer) for view, buffer in pairs)
+
+    @contextmanager
+    def holding(self, other: Inputs) -> Iterator[None]:
+        """For a while, the values of other inputs of the same problem, with V negated.
+
+        Attention is linear in V: a negated V negates the output, and leaves the LSE.
+        """
+        mine = (self.q, self.k, self.v, *self.descales)
+        theirs = (other.q, other.k, other.v, *other.descales)
+        kept = [tensor.clone() for tensor in mine]
+        try:
+            for tensor, values in zip(mine, theirs, strict=True):
+                tensor.copy_(values)
+            negate(self.v)
+            yield
+        finally:
+            for tensor, values in zip(mine, kept, strict=True):
+                tensor.copy_(values)
 
     def fingerprint(self) -> tuple[int, ...]:
         """Sums over the bits of all inputs: tells whether a kernel changed one."""
@@ -83,6 +107,21 @@ class Inputs:
         words = {1: torch.int8, 2: torch.int16, 4: torch.int32}
         given = (*self._buffers[:3], *self.descales)
         return tuple(int(tensor.view(words[tensor.itemsize]).sum()) for tensor in given)
+
+
+def negate(tensor: torch.Tensor) -> None:
+    """Change the sign of every element in place; of 8 bits too, where PyTorch has no arithmetic."""
+    import torch
+
+    bits = 8 * tensor.element_size()
+    words = tensor.view(getattr(torch, f"int{bits}"))
+    words.bitwise_xor_(-(1 << (bits - 1)))
+
+
+def _touched(view: torch.Tensor, buffer: torch.Tensor) -> bool:
+    """Whether a poisoned buffer holds anything but NaN outside of its view."""
+    inside = int(view.isnan().sum())
+    return int(buffer.isnan().sum()) - inside != buffer.numel() - view.numel()
 
 
 def bshd(tensor: torch.Tensor, layout: str) -> torch.Tensor:

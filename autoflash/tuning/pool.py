@@ -7,13 +7,14 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from autoflash.tuning import process
-from autoflash.tuning.process import Process
+from autoflash.build.memory import available_bytes
+from autoflash.tuning import guard, process
+from autoflash.tuning.process import COMMAND, Process
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +63,24 @@ class _Job:
 class Pool:
     """Workers as child processes, started when they are first needed."""
 
-    def __init__(self, *, jobs: int, cache_dir: Path, visible: str | None) -> None:
+    def __init__(
+        self, *, jobs: int, cache_dir: Path, visible: str | None, command: Sequence[str] = COMMAND
+    ) -> None:
         # Compilers that are killed leave their temporary files: here, where `close` finds them.
         self._scratch = Path(tempfile.mkdtemp(prefix="autoflash-tune-"))
         # They see no GPU: they must not hold memory on it, and need none.
         compilers = process.environment(cache_dir=cache_dir, visible="", scratch=self._scratch)
         runner = process.environment(cache_dir=cache_dir, visible=visible, scratch=self._scratch)
+        most = guard.memory_limit(available_bytes())
+        on_gpu = visible is not None
         self._processes = {
-            "compile": [Process("compile", compilers) for _ in range(jobs)],
-            "device": [Process("device", runner)],
+            "compile": [
+                Process("compile", compilers, memory_bytes=most, command=command)
+                for _ in range(jobs)
+            ],
+            "device": [
+                Process("device", runner, memory_bytes=None if on_gpu else most, command=command)
+            ],
         }
         self._queues: dict[str, deque[_Job]] = {role: deque() for role in self._processes}
         self._out: dict[Process, tuple[str, float]] = {}  # key, and when it was sent
@@ -115,9 +125,7 @@ class Pool:
 
     def close(self) -> None:
         """End every process and remove what they left."""
-        for workers in self._processes.values():
-            for worker in workers:
-                worker.close()
+        process.close_all([worker for workers in self._processes.values() for worker in workers])
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._out.clear()
         for queue in self._queues.values():

@@ -49,7 +49,8 @@ class Event:
 
     Attributes:
         kind: "start" (of a problem), "trial" (one more record, or word of what goes on before it),
-            "finalist" (one more config timed in the finals), "done" (with a problem).
+            "finalist" (one more config timed in the finals), "done" (with a problem), "lost" (the
+            device has failed; another takes the problem).
         problem: which is being tuned.
         index: its place among the problems, from 0.
         total_problems: how many there are.
@@ -58,6 +59,7 @@ class Event:
         record: the trial or winner, where the event is about one.
         best_us: the best time so far.
         message: for people.
+        device: which of several devices is at work, by its number; "" where there is one.
     """
 
     kind: str
@@ -69,6 +71,7 @@ class Event:
     record: Record | None = None
     best_us: float | None = None
     message: str = ""
+    device: str = ""
 
 
 Listener = Callable[[Event], None]

@@ -13,7 +13,7 @@ from autoflash.device import Device
 from autoflash.problem import Problem
 from autoflash.tuning.expected import Case, Check, make_case, usual_q_factor
 from autoflash.tuning.formula import exact, naive
-from autoflash.tuning.inputs import Inputs, first_index, make_inputs
+from autoflash.tuning.inputs import Inputs, first_index, make_inputs, negate
 
 if TYPE_CHECKING:
     import torch
@@ -23,11 +23,13 @@ __all__ = [
     "Check",
     "Inputs",
     "check",
+    "check_timed",
     "exact",
     "forget",
     "make_case",
     "make_inputs",
     "naive",
+    "prepare",
 ]
 
 
@@ -114,6 +116,44 @@ def check(kernel: Kernel, problem: Problem, device: Device, *, seed: int = 0) ->
         return _check(kernel, case, as_before, lse=True, twice=True)
 
 
+def prepare(problem: Problem, device: Device, *, seed: int = 0) -> None:
+    """Make what `check` needs for a problem, unless it is there."""
+    with _one_thread():
+        for stress in stress_cases(problem):
+            _make_small(stress, device, seed)
+        _make_last(Stress(problem), device, seed)
+
+
+def check_timed(
+    call: Callable[[], None], inputs: Inputs, device: Device, *, seed: int = 0
+) -> Check:
+    """Whether a call is still right after it was timed, on values that it was not timed on.
+
+    The tensors stay where they are and get other values for one more call. Whoever answers from
+    memory is found out: one that works only when it is first called, finds its output from before
+    in place, remembers results by addresses, or is right on one set of inputs.
+
+    Args:
+        call: writes inputs.out, without LSE.
+        inputs: what it was timed on; they are as before afterwards.
+        device: where it runs.
+        seed: as given to `check`, whose reference is used.
+    """
+    case = _intact(_make_last, Stress(inputs.problem), device, seed)
+    with _one_thread(), inputs.holding(case.inputs):
+        inputs.poison()
+        call()
+        reason = inputs.damage(lse=False)
+        verdict = Check(False, reason=reason, harmed=inputs.overrun()) if reason else Check(True)
+        if verdict.ok:
+            negate(inputs.out)
+            verdict = case.compare(inputs.out)
+    if verdict.ok:
+        return verdict
+    said = f"{inputs.problem.name}, called once more on other values after timing, V negated"
+    return verdict._replace(reason=f"{said}: {verdict.reason}")
+
+
 @contextmanager
 def _one_thread() -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Check with one thread; gives a context in which there are as many as before, for kernels.
@@ -195,8 +235,10 @@ def _check(
         return inputs.damage(lse=lse)
 
     verdict = Check(False, reason=run() or "")
-    if not verdict.reason and inputs.fingerprint() != before:
-        verdict = Check(False, reason="it changed its inputs")
+    if verdict.reason:
+        verdict = verdict._replace(harmed=inputs.overrun())
+    elif inputs.fingerprint() != before:
+        verdict = Check(False, reason="it changed its inputs", harmed=True)
     if not verdict.reason:
         verdict = case.compare(inputs.out, inputs.lse if lse else None)
     if verdict.ok and twice:

@@ -16,7 +16,9 @@ from autoflash.device import Device
 from autoflash.problem import Problem
 from autoflash.record import Measurement, Record
 from autoflash.tuning.effort import Effort
+from autoflash.tuning.ledger import Ledger
 from autoflash.tuning.pool import Workers
+from autoflash.tuning.strategy import SHIPPED, Strategy
 
 if TYPE_CHECKING:
     from autoflash.codegen.space import Space
@@ -24,6 +26,14 @@ if TYPE_CHECKING:
 
 NEAREST = 4
 """Winners of other problems that are tried early: beyond a few they repeat each other."""
+
+
+KILLS = ("crash", "timeout")
+"""Outcomes that cost a process."""
+DOUBTFUL = "to be run again: "
+"""Begins the reason of a failure that may have been another's fault."""
+MOST_KILLS = 2
+"""Problems on which a config may cost a process before it is barred from those that follow."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,6 +53,10 @@ class Run:
         environment: versions, as the device's worker reported them.
         compile_s: moving average of the seconds that one compilation takes.
         compiled: source digest -> the compiler's answer: problems of equal traits share sources.
+        strategy: how the search goes about it; any but the shipped one is for comparisons.
+        ledger: through which everything is stored in the database.
+        kills: config -> the problems on which a process that compiled or ran it had to be killed,
+            or died.
     """
 
     device: Device
@@ -57,6 +71,31 @@ class Run:
     environment: Mapping[str, Any] = field(default_factory=dict)
     compile_s: float = 3.0
     compiled: dict[str, dict[str, Any]] = field(default_factory=dict)
+    strategy: Strategy = SHIPPED
+    ledger: Ledger = field(init=False)
+    kills: dict[Config, set[Problem]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.database)
+        self.kills = {}
+        for outcome in KILLS:
+            for record in self.database.trials(
+                device_key=self.device.key, policy=self.policy, outcome=outcome
+            ):
+                self.note(record)
+
+    def note(self, record: Record) -> None:
+        """Remember a config whose process was killed or died."""
+        doubtful = record.reason.startswith(DOUBTFUL)
+        if record.outcome in KILLS and not doubtful and self.is_current(record):
+            self.kills.setdefault(record.config, set()).add(record.problem)
+
+    def is_barred(self, config: Config) -> bool:
+        """Whether a config has brought down so many processes that it is tried no more.
+
+        A hang costs a minute, and what hangs on two problems mostly hangs on all of them.
+        """
+        return len(self.kills.get(config, ())) >= MOST_KILLS
 
     def accepting(self, problem: Problem) -> list[Template]:
         """The templates that take this problem on this device."""
@@ -74,7 +113,11 @@ class Run:
         found = self.database.trials(
             problem=problem, device_key=self.device.key, policy=self.policy
         )
-        return [record for record in found if self.is_current(record)]
+        return [
+            record
+            for record in found
+            if self.is_current(record) and not record.reason.startswith(DOUBTFUL)
+        ]
 
     def is_current(self, record: Record) -> bool:
         """Whether a record's template is one of ours and unchanged since."""

@@ -1,30 +1,25 @@
-"""Search: which config to try next. The only user of optuna."""
+"""Search: which config to try next."""
 
 from __future__ import annotations
 
 import random
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from autoflash.config import Config, Value
+from autoflash.tuning.model import Model
+from autoflash.tuning.sampler import Sampler
 
-if TYPE_CHECKING:
-    import optuna
-    from optuna.distributions import BaseDistribution
-
-SWEEP_LIMIT = 300
-"""Spaces up to this size are swept: a sampler would mostly repeat itself (half of TPE's asks at
-500 trials of a 1500-point space were repeats)."""
-RE_ASKS = 10
-"""Where a sampler proposes nothing new so often, in turns an untried neighbour of the best config
-and a random one take its place."""
+FROM = 6
+"""Results that the model needs before it says more than chance."""
+SAMPLERS = ("model", "random", "declared", "tpe", "multivariate-tpe", "gp")
+"""Who proposes once the seeds are spent: the shipped model, chance, the order of the declaration,
+or one of Optuna's samplers (tuning.sampler)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """What a sampler may choose in one template: its tunables, feasible together or not.
+    """What there is to choose in one template.
 
     Attributes:
         tunables: name -> choices, as declared.
@@ -38,8 +33,8 @@ class Axes:
 class Searcher:
     """Proposes each feasible config of several templates at most once.
 
-    Seeds come first, in their order. After them: a small union of spaces is swept in an order that
-    depends on the seed alone; a larger one is sampled by TPE, which learns from `tell`.
+    Seeds come first, in their order; then what a model of the results so far expects most of; and
+    where that has nothing to say, configs in an order that depends on the seed alone.
     """
 
     def __init__(
@@ -47,44 +42,39 @@ class Searcher:
         templates: Mapping[str, Axes],
         *,
         seeds: Iterable[Config] = (),
-        budget: int = 0,
         seed: int = 0,
-        sweep_limit: int = SWEEP_LIMIT,
+        sampler: str = "model",
     ) -> None:
         """Prepare a search.
 
         Args:
             templates: template name -> what there is to choose.
             seeds: configs to propose first; those that are not feasible are left out.
-            budget: how many configs will be asked for; a space no larger is swept.
             seed: of the order and of the sampler.
-            sweep_limit: a space no larger is swept, whatever the budget.
+            sampler: one of SAMPLERS.
         """
+        assert sampler in SAMPLERS
         feasible = [config for axes in templates.values() for config in axes.feasible]
-        self._order = random.Random(seed).sample(feasible, len(feasible))
         self._feasible = frozenset(feasible)
         self._seeds = [config for config in dict.fromkeys(seeds) if config in self._feasible]
         self._proposed: set[Config] = set()
         self._results: dict[Config, float | None] = {}
-        self._tunables = {name: axes.tunables for name, axes in templates.items()}
-        self._neighbour_next = True
-        self._sampler = (
-            Sampler(templates, seed) if len(feasible) > max(budget, sweep_limit) else None
-        )
+        # Taken from the end.
+        self._order = feasible[::-1]
+        if sampler != "declared":
+            random.Random(seed).shuffle(self._order)
+        tunables = {name: axes.tunables for name, axes in templates.items()}
+        self._model = Model(tunables, feasible) if sampler == "model" else None
+        by_optuna = sampler not in ("model", "random", "declared")
+        self._sampler = Sampler(sampler, tunables, seed) if by_optuna and feasible else None
 
     def __len__(self) -> int:
         """How many feasible configs there are."""
         return len(self._feasible)
 
-    @property
-    def strategy(self) -> str:
-        """The search behind `ask` once the seeds are spent: "sweep" or "tpe"."""
-        return "tpe" if self._sampler else "sweep"
-
     def ask(self) -> Config | None:
         """A config not proposed or told before; None when there is none left."""
-        config = self._next_seed() or self._sample() or self._next_neighbour()
-        config = config or self._next_in_order()
+        config = self._next_seed() or self._promising() or self._sampled() or self._next_in_order()
         if config is not None:
             self._proposed.add(config)
         return config
@@ -97,9 +87,10 @@ class Searcher:
             latency_us: its time; None if it failed.
         """
         self._proposed.add(config)
-        self._results[config] = latency_us
-        if self._sampler and config in self._feasible:
-            self._sampler.tell(config, latency_us)
+        if config in self._feasible:
+            self._results[config] = latency_us
+            if self._sampler is not None:
+                self._sampler.tell(config, latency_us)
 
     def _next_seed(self) -> Config | None:
         while self._seeds:
@@ -108,29 +99,15 @@ class Searcher:
                 return config
         return None
 
-    def _sample(self) -> Config | None:
-        if self._sampler is None:
+    def _promising(self) -> Config | None:
+        if self._model is None or len(self._results) < FROM:
             return None
-        for _ in range(RE_ASKS):
-            config = self._sampler.ask()
-            if config not in self._feasible:
-                self._sampler.reject(config)
-            elif config in self._proposed:
-                self._sampler.repeat(config, self._results)
-            else:
-                return config
-        return None
+        return self._model.next(self._results, self._proposed)
 
-    def _next_neighbour(self) -> Config | None:
+    def _sampled(self) -> Config | None:
         if self._sampler is None:
             return None
-        self._neighbour_next = not self._neighbour_next
-        timed = {c: t for c, t in self._results.items() if t is not None and c in self._feasible}
-        if self._neighbour_next or not timed:
-            return None
-        best = min(timed, key=lambda config: timed[config])
-        near = _neighbours(best, self._tunables[best.template])
-        return next((c for c in near if c in self._feasible and c not in self._proposed), None)
+        return self._sampler.propose(self._feasible, self._proposed, self._results)
 
     def _next_in_order(self) -> Config | None:
         while self._order:
@@ -138,140 +115,3 @@ class Searcher:
             if config not in self._proposed:
                 return config
         return None
-
-
-class Sampler:
-    """Optuna's TPE over the union of the templates' tunables, in memory, by ask and tell."""
-
-    def __init__(self, templates: Mapping[str, Axes], seed: int) -> None:
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        with warnings.catch_warnings():
-            # multivariate, group and constant_liar are marked experimental.
-            warnings.simplefilter("ignore")
-            sampler = optuna.samplers.TPESampler(
-                multivariate=True, group=True, constant_liar=True, seed=seed
-            )
-            self._study = optuna.create_study(direction="minimize", sampler=sampler)
-        self._axes = {name: axes.tunables for name, axes in templates.items()}
-        self._scales = {
-            f"{name}:{tunable}": _scale(choices)
-            for name, tunables in self._axes.items()
-            for tunable, choices in tunables.items()
-        }
-        self._open: dict[Config, optuna.trial.Trial] = {}
-        self._worst = 0.0
-
-    def ask(self) -> Config:
-        """The sampler's proposal, which may be infeasible or a repeat."""
-        trial = self._study.ask()
-        name = trial.suggest_categorical("template", list(self._axes))
-        values = {}
-        for tunable in self._axes[name]:
-            key = f"{name}:{tunable}"
-            values[tunable] = self._scales[key][self._suggest(trial, key)]
-        config = Config.of(name, values)
-        if config in self._open:
-            # Asked before and still out: this trial can say nothing, and TPE ignores a FAIL.
-            import optuna
-
-            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        else:
-            self._open[config] = trial
-        return config
-
-    def tell(self, config: Config, latency_us: float | None) -> None:
-        """Report a result; None is a failure."""
-        trial = self._open.pop(config, None)
-        if trial is None:
-            self._add(config, latency_us)
-        elif latency_us is None:
-            self._prune(trial)
-        else:
-            self._worst = max(self._worst, latency_us)
-            self._study.tell(trial, latency_us)
-
-    def reject(self, config: Config) -> None:
-        """Report that a proposal is infeasible."""
-        trial = self._open.pop(config, None)
-        if trial is not None:
-            self._prune(trial)
-
-    def repeat(self, config: Config, results: Mapping[Config, float | None]) -> None:
-        """Report that a proposal was tried before, and what came of it unless it is still out."""
-        if config in results and config in self._open:
-            self.tell(config, results[config])
-
-    def _suggest(self, trial: optuna.trial.Trial, key: str) -> int:
-        scale = self._scales[key]
-        if _is_ordered(scale):
-            return trial.suggest_int(key, 0, len(scale) - 1)
-        return int(trial.suggest_categorical(key, list(range(len(scale)))))
-
-    def _distribution(self, key: str) -> BaseDistribution:
-        from optuna.distributions import CategoricalDistribution, IntDistribution
-
-        scale = self._scales[key]
-        if _is_ordered(scale):
-            return IntDistribution(0, len(scale) - 1)
-        return CategoricalDistribution(list(range(len(scale))))
-
-    def _prune(self, trial: optuna.trial.Trial) -> None:
-        # PRUNED, for TPE ignores FAIL and drifts into what fails (35-62% of its proposals were
-        # infeasible then, 10% so); the penalty ranks failures behind everything that ran.
-        import optuna
-
-        trial.report(2.0 * self._worst + 1.0, step=0)
-        self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-
-    def _add(self, config: Config, latency_us: float | None) -> None:
-        """A result that no ask of this study led to: a seed, a random config, a stored trial."""
-        import optuna
-
-        tunables = self._axes.get(config.template)
-        if tunables is None or any(config[name] not in tunables[name] for name in tunables):
-            return
-        params: dict[str, object] = {"template": config.template}
-        distributions: dict[str, BaseDistribution] = {
-            "template": optuna.distributions.CategoricalDistribution(list(self._axes))
-        }
-        for name in tunables:
-            key = f"{config.template}:{name}"
-            params[key] = self._scales[key].index(config[name])
-            distributions[key] = self._distribution(key)
-        failed = latency_us is None
-        if latency_us is not None:
-            self._worst = max(self._worst, latency_us)
-        state = optuna.trial.TrialState.PRUNED if failed else optuna.trial.TrialState.COMPLETE
-        self._study.add_trial(
-            optuna.trial.create_trial(
-                state=state,
-                params=params,
-                distributions=distributions,
-                value=latency_us,
-                intermediate_values={0: 2.0 * self._worst + 1.0} if failed else {},
-            )
-        )
-
-
-def _neighbours(config: Config, tunables: Mapping[str, Sequence[Value]]) -> Iterator[Config]:
-    """The configs that differ in one tunable, numbers by one step."""
-    for name, choices in tunables.items():
-        scale = _scale(choices)
-        at = scale.index(config[name])
-        near = scale[max(0, at - 1) : at + 2] if _is_ordered(scale) else scale
-        for value in near:
-            if value != config[name]:
-                yield Config.of(config.template, {**config, name: value})
-
-
-def _is_ordered(choices: Sequence[Value]) -> bool:
-    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in choices)
-
-
-def _scale(choices: Sequence[Value]) -> list[Value]:
-    """The choices in the order in which neighbours are alike: numbers by size."""
-    if not _is_ordered(choices):
-        return list(choices)
-    return sorted(choices, key=float)

@@ -81,29 +81,32 @@ class Comparison:
     rounds: int
 
 
-def compare(first: Sequence[float], second: Sequence[float]) -> Comparison:
+def compare(
+    first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE
+) -> Comparison:
     """Compare two calls that were timed in the same rounds.
 
     Each round gives one ratio, so what disturbs a whole round cancels. The estimate is the
     Hodges-Lehmann median of the log ratios and the interval that of Wilcoxon's signed-rank test:
     exact for few rounds, free of any assumed distribution, and little moved by one bad round.
-    Each end is exceeded with a probability of at most 1 - CONFIDENCE.
+    Each end is exceeded with a probability of at most 1 - confidence.
 
     Args:
         first: median of each round, any unit.
         second: likewise, as many.
+        confidence: one-sided.
     """
     logs = [math.log(a / b) for a, b in zip(first, second, strict=True)]
     walsh = sorted((x + y) / 2 for i, x in enumerate(logs) for y in logs[i:])
-    rank = _signed_rank_quantile(len(logs))
+    rank = _signed_rank_quantile(len(logs), confidence)
     low, high = (walsh[rank - 1], walsh[-rank]) if rank else (-math.inf, math.inf)
     middle = statistics.median(walsh) if walsh else 0.0
     return Comparison(math.exp(middle), math.exp(low), math.exp(high), len(logs))
 
 
 @cache
-def _signed_rank_quantile(count: int) -> int:
-    """Largest k with P(signed-rank sum < k) <= 1 - CONFIDENCE; 0 where even k = 1 is too likely."""
+def _signed_rank_quantile(count: int, confidence: float = CONFIDENCE) -> int:
+    """Largest k with P(signed-rank sum < k) <= 1 - confidence; 0 where even k = 1 is too likely."""
     ways = [1]  # ways[s]: subsets of the ranks 1..n that sum to s
     for rank in range(1, count + 1):
         longer = ways + [0] * rank
@@ -111,7 +114,7 @@ def _signed_rank_quantile(count: int) -> int:
             longer[total + rank] += number
         ways = longer
     below, k = 0, 0
-    while k < len(ways) and below + ways[k] <= (1 - CONFIDENCE) * 2**count + 1e-9:
+    while k < len(ways) and below + ways[k] <= (1 - confidence) * 2**count + 1e-9:
         below += ways[k]
         k += 1
     return k
@@ -139,13 +142,22 @@ class Interleaved(Mapping[str, Measurement]):
     def __len__(self) -> int:
         return len(self._measurements)
 
-    def compare(self, first: str, second: str) -> Comparison:
-        """Time of `first` over time of `second`, with its interval."""
-        return compare(self.rounds[first], self.rounds[second])
+    def compare(self, first: str, second: str, rivals: int = 1) -> Comparison:
+        """Time of `first` over time of `second`, with its interval.
 
-    def beats(self, first: str, second: str, margin: float = MARGIN) -> bool:
+        Args:
+            first: name of a call.
+            second: likewise.
+            rivals: from how many `first` was picked for being the fastest. The luckiest of eight
+                equal calls looks faster than it is: the interval widens, so that for any number
+                of them two equal calls are told apart in at most one run of twenty.
+        """
+        confidence = 1 - (1 - CONFIDENCE) / rivals
+        return compare(self.rounds[first], self.rounds[second], confidence)
+
+    def beats(self, first: str, second: str, *, margin: float = MARGIN, rivals: int = 1) -> bool:
         """Whether `first` is faster than `second` by more than the noise and by `margin`."""
-        return self.compare(first, second).high < 1 - margin
+        return self.compare(first, second, rivals).high < 1 - margin
 
 
 class _Clock(Protocol):

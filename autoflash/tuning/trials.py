@@ -21,7 +21,7 @@ from autoflash.tuning.budget import call_s
 from autoflash.tuning.effort import Effort
 from autoflash.tuning.pool import Finished
 from autoflash.tuning.predict import over_resources, spills_heavily
-from autoflash.tuning.run import Run, infeasible
+from autoflash.tuning.run import DOUBTFUL, KILLS, Run, infeasible
 from autoflash.tuning.search import Axes, Searcher
 
 HOPELESS = 12
@@ -30,6 +30,9 @@ OVERTIME_S = 2.0
 """What is compiled when time is up is still run for so long: compiling was the greater expense."""
 CANARIES = 3
 """So many fresh workers in a row on which nothing runs: the device is to blame, not a config."""
+LEAST_DEADLINE_S, SLOWER = 10.0, 20.0
+"""A candidate hangs that takes so many times as long as the longest that came through, and so long
+at least: a machine that is busy with other things slows down everything by less."""
 _HELLO = "hello"
 _CALLS = 10  # of a candidate, to check and to time it
 _TIMED = ("ok", "slow")
@@ -44,6 +47,7 @@ class _Candidate:
     config: Config
     source: Source
     resources: Mapping[str, Any] | None = None
+    kills: int = 0  # processes that it has brought down
 
 
 class Trials:
@@ -73,18 +77,19 @@ class Trials:
             self.outcomes["infeasible"] = rejected
         every_default = (t.default_config(problem, run.device) for t in templates)
         self.defaults = [c for c in every_default if c in set(spaces[c.template].configs)]
-        seeds = run.seeds(problem, templates)
+        seeds = run.seeds(problem, templates) if run.strategy.seeds else []
         self._seeds = set(seeds)
         self._searcher = Searcher(
             {t.name: Axes(t.tunables, spaces[t.name].configs) for t in templates},
             seeds=seeds,
-            budget=limit,
             seed=run.seed,
+            sampler=run.strategy.sampler,
         )
         self.limit = min(limit, len(self._searcher))
         # On a CPU compilers would disturb what is timed: a batch is compiled, then measured.
         self._exclusive = not run.device.is_cuda
-        self._batch = 2 * run.jobs + (0 if self._exclusive else 2)
+        # On a GPU no more than keeps all compilers busy: each proposal learns from what is known.
+        self._batch = 2 * run.jobs if self._exclusive else run.jobs + 2
         self._compiling: dict[str, _Candidate] = {}
         self._ready: list[_Candidate] = []
         self._running: _Candidate | None = None
@@ -93,6 +98,8 @@ class Trials:
         self._greeting = 0  # canaries tried in a row on fresh workers
         self._suspect = False  # the last candidate took its worker down
         self._warm = False  # the worker has run a candidate of this problem and lives
+        self._unused = False  # the worker has run no candidate yet
+        self._longest_s = 0.0  # that a candidate of this problem took, of those that came through
         self._proposed = 0
         self._closed = False  # nothing more is asked for
         self._blocked: dict[str, AutoflashError] = {}  # template -> why it cannot be built here
@@ -151,7 +158,7 @@ class Trials:
             config = self._searcher.ask()
             if config is None:
                 self._closed = True
-            elif config.template in self._blocked:
+            elif config.template in self._blocked or self._is_barred(config):
                 self._searcher.tell(config, None)
             else:
                 self._take(config)
@@ -165,6 +172,10 @@ class Trials:
         if len(self.records) + under_way >= self.limit:
             return False
         return not self._out_of_time()
+
+    def _is_barred(self, config: Config) -> bool:
+        """Whether to leave out a config for what it did on other problems; never a default."""
+        return config not in self.defaults and self._run.is_barred(config)
 
     def _lacks_default(self) -> bool:
         """Whether there is a default, among the first proposals, that nothing is known of yet."""
@@ -231,18 +242,11 @@ class Trials:
         # In the order of proposals, whichever was compiled first: the default comes first.
         self._running = min(self._ready, key=lambda candidate: candidate.number)
         self._ready.remove(self._running)
-        request = {
-            "kind": "evaluate",
-            "source": wire.source_to_dict(self._running.source),
-            "problem": self.problem.to_dict(),
-            "device": run.device.to_dict(),
-            "seed": run.seed,
-            "timing_ms": run.effort.timing_ms,
-            "best_us": self.best_us,
-        }
+        request = evaluate_request(run, self.problem, self._running.source, self.best_us)
         timeout_s = evaluate_timeout_s(run.effort, self.problem, run.device)
         if self._warm:
             timeout_s /= 3  # the inputs and what is expected of them are there already
+            timeout_s = min(timeout_s, max(LEAST_DEADLINE_S, SLOWER * self._longest_s))
         run.workers.submit("device", self._running.source.digest, request, timeout_s)
 
     def _handle(self, finished: Finished) -> None:
@@ -257,19 +261,16 @@ class Trials:
             self._greeted(reply)
         elif self._running is not None and finished.key == self._running.source.digest:
             self._evaluate_s += 0.3 * (finished.seconds - self._evaluate_s)
+            if reply["outcome"] in _TIMED:
+                self._longest_s = max(self._longest_s, finished.seconds)
             candidate, self._running = self._running, None
             self._evaluated(candidate, reply)
 
     def _compiled(self, candidate: _Candidate, reply: Mapping[str, Any]) -> None:
         run = self._run
         config, source = candidate.config, candidate.source
-        if name := reply.get("raise"):
-            # Not this config's fault: no other of this template can be built either.
-            error: AutoflashError = getattr(errors, name)(reply["reason"])
-            self._blocked.setdefault(config.template, error)
-            self._twins.pop(source.digest, None)
-            self._searcher.tell(config, None)
-            self._report(None, f"{config.template} cannot be built here: {error}")
+        if "raise" in reply:
+            self._block(candidate, reply)
             return
         if reply["outcome"] != "ok":
             reason = f"compiling: {explain(reply)}"
@@ -291,26 +292,60 @@ class Trials:
         else:
             self._ready.append(candidate)
 
+    def _block(self, candidate: _Candidate, reply: Mapping[str, Any]) -> None:
+        """Give up a template that cannot be built: no other config of it can be either."""
+        config = candidate.config
+        error: AutoflashError = getattr(errors, reply["raise"])(reply["reason"])
+        self._blocked.setdefault(config.template, error)
+        self._twins.pop(candidate.source.digest, None)
+        self._searcher.tell(config, None)
+        self._report(None, f"{config.template} cannot be built here: {error}")
+
     def _evaluated(self, candidate: _Candidate, reply: Mapping[str, Any]) -> None:
-        self._suspect = reply["outcome"] in ("timeout", "crash") or bool(reply.get("exiting"))
-        self._warm = reply["outcome"] in (*_TIMED, "wrong_result")
+        outcome = reply["outcome"]
+        self._suspect = outcome in KILLS or bool(reply.get("exiting"))
+        self._warm = outcome in (*_TIMED, "wrong_result") and not self._suspect
+        unused, self._unused = self._unused, False
+        if "raise" in reply:
+            self._block(candidate, reply)
+            return
         measurement = reply.get("measurement")
-        self._finish(
-            self._run.record(
-                self.problem,
-                candidate.config,
-                reply["outcome"],
-                source=candidate.source,
-                reason=explain(reply),
-                measurement=Measurement.from_dict(measurement) if measurement else None,
-                error_ratio=reply.get("error_ratio"),
-                resources=candidate.resources,
-            )
+        doubtful = candidate.kills == 0 and self._is_doubtful(candidate, reply, unused)
+        record = self._run.record(
+            self.problem,
+            candidate.config,
+            outcome,
+            source=candidate.source,
+            reason=(DOUBTFUL if doubtful else "") + explain(reply),
+            measurement=Measurement.from_dict(measurement) if measurement else None,
+            error_ratio=reply.get("error_ratio"),
+            resources=candidate.resources,
         )
+        if doubtful:
+            # What happened is stored all the same: the tuner may be killed before the second try.
+            self._run.ledger.trial(record, self._run.number)
+            self._report(None, f"{record.config.key}: {outcome}; run again in a fresh process")
+            candidate.kills = 1
+            self._ready.append(candidate)
+        else:
+            self._finish(record)
+
+    def _is_doubtful(self, candidate: _Candidate, reply: Mapping[str, Any], unused: bool) -> bool:
+        """Whether a failure may be another's fault, so that one more process is spent on it.
+
+        A candidate may have ruined the process for those behind it: what crashes or runs out of
+        memory in a process that ran others is not believed yet. And without its default a problem
+        has no winner to be trusted: a default must cost two processes to be given up.
+        """
+        if reply["outcome"] == "timeout":
+            return candidate.config in self.defaults
+        if reply["outcome"] == "crash":
+            return not unused or candidate.config in self.defaults
+        return bool(reply.get("again"))
 
     def _greeted(self, reply: Mapping[str, Any]) -> None:
         if reply["outcome"] == "ok":
-            self._suspect, self._greeting = False, 0
+            self._suspect, self._greeting, self._unused = False, 0, True
             return
         self._greeting += 1
         if self._greeting >= CANARIES:
@@ -322,10 +357,11 @@ class Trials:
         run = self._run
         twins = self._twins.pop(record.source_digest, [])
         for each in (record, *(_of_twin(record, config) for config in twins)):
-            run.database.add(each, run.number)
+            run.ledger.trial(each, run.number)
+            run.note(each)
             self.fresh += 1
             self._keep(each)
-            self._report(each, "")
+            self._report(each, run.ledger.trouble)
 
     def _keep(self, record: Record) -> None:
         if (old := self.records.get(record.config)) is not None:
@@ -346,6 +382,21 @@ def compile_request(source: Source, device: Device) -> dict[str, Any]:
     }
 
 
+def evaluate_request(
+    run: Run, problem: Problem, source: Source, best_us: float | None
+) -> dict[str, Any]:
+    """What a device worker is sent to check and time one candidate."""
+    return {
+        "kind": "evaluate",
+        "source": wire.source_to_dict(source),
+        "problem": problem.to_dict(),
+        "device": run.device.to_dict(),
+        "seed": run.seed,
+        "timing_ms": run.effort.timing_ms,
+        "best_us": best_us,
+    }
+
+
 def evaluate_timeout_s(effort: Effort, problem: Problem, device: Device) -> float:
     """After how long a candidate is taken to hang: ten calls at 2% of the peak come on top."""
     peak_flops = max(device.tflops_peak(problem.dtype), 0.01) * 1e12
@@ -362,6 +413,13 @@ def explain(reply: Mapping[str, Any]) -> str:
         words = lines[fatal - 1 if fatal else -1] if fatal != 0 else lines[0]
         reason += f" (last words: {words[:200]})"
     return reason
+
+
+def raise_named(reply: Mapping[str, Any]) -> None:
+    """Raise what is no candidate's fault: no compiler, or a cache that cannot be written."""
+    if name := reply.get("raise"):
+        error: AutoflashError = getattr(errors, name)(reply["reason"])
+        raise error
 
 
 def device_failed(device: Device, reply: Mapping[str, Any]) -> WorkerError:

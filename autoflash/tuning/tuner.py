@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from autoflash import build, settings
@@ -15,15 +14,17 @@ from autoflash.build import cache
 from autoflash.codegen.catalog import Catalog, installed
 from autoflash.codegen.template import Template
 from autoflash.device import Device
-from autoflash.errors import InvalidInput
+from autoflash.errors import DatabaseError, InvalidInput
 from autoflash.problem import Problem
 from autoflash.record import Record
 from autoflash.tuning import effort as efforts
 from autoflash.tuning import finals
 from autoflash.tuning.absent import Predictions
+from autoflash.tuning.boards import Board, held
+from autoflash.tuning.boards import of as board_of
 from autoflash.tuning.budget import Budget
+from autoflash.tuning.crew import Crew
 from autoflash.tuning.effort import EFFORTS, Effort
-from autoflash.tuning.lock import device_lock
 from autoflash.tuning.plan import Plan, TemplatePlan, plan
 from autoflash.tuning.pool import Pool, Workers
 from autoflash.tuning.predict import MODEL
@@ -63,8 +64,12 @@ def tune(
     catalog: Catalog | None = None,
     workers: Workers | None = None,
     command: str = "tune",
+    boards: Sequence[Board] = (),
 ) -> list[TuneResult]:
-    """Tune each problem, one after the other, and store every trial at once.
+    """Tune each problem and store every trial at once.
+
+    On one device problems come one after the other. On several each takes the next one, and does
+    all of it (autoflash.tuning.crew).
 
     On a device that is present candidates are compiled, checked and timed, and the best are timed
     again beside the template's default and PyTorch. For one that is absent they are compiled and
@@ -91,6 +96,8 @@ def tune(
         catalog: of templates; None is the installed one.
         workers: what compiles and runs candidates; None: processes of our own.
         command: what to note as the cause of this run.
+        boards: which devices of this host, all of the kind of `device`; none is the first. More
+            than there are problems are not used.
 
     Returns:
         One result per problem, in order.
@@ -100,21 +107,24 @@ def tune(
         UnknownName: there is no such template or effort.
         ToolchainMissing: nothing can be built for want of a compiler.
         CacheError: another process tunes this device, or the cache cannot be written.
-        WorkerError: the device does not work.
+        WorkerError: the device does not work, or none of several does.
+        DatabaseError: the database cannot be used, or not everything could be stored in the end.
     """
     wanted = list(dict.fromkeys(problems))
     _check(wanted, max_trials, max_seconds)
     chosen = _chosen(catalog or installed(), templates)
     budget = efforts.of(effort)
-    present = is_present(device) or workers is not None
+    present = bool(boards) or is_present(device) or workers is not None
     languages = {template.language for template in chosen.values()}
     jobs = build.jobs_within_memory(settings.get().jobs, languages, device)
     with ExitStack() as stack:
         root = cache.root()
-        visible = _visible(device)
         if present and workers is None:
-            stack.enter_context(device_lock(device, visible, root))
+            boards = boards[: len(wanted)] or [board_of(device)]
+            stack.enter_context(held(boards, root))
+        several = len(boards) > 1
         if workers is None:
+            visible = boards[0].visible if boards and not several else ""
             workers = Pool(jobs=jobs, cache_dir=root, visible=visible)
         stack.callback(workers.close)
         run = Run(
@@ -127,33 +137,51 @@ def tune(
             seed=seed,
             jobs=jobs,
         )
-        tuning = _Tuning(run, wanted, present, max_trials, max_seconds, on_event)
-        return tuning.run_all(command)
+        share = Budget(
+            wanted, device, per_problem=budget.seconds if present else budget.compile_seconds,
+            in_all=max_seconds, running=present, devices=max(1, len(boards)),
+        )  # fmt: skip
+        asked: dict[str, Any] = {
+            "effort": budget.name, "max_trials": max_trials, "max_seconds": max_seconds
+        }  # fmt: skip
+        if several:
+            asked["devices"] = [board.lock or board.label for board in boards]
+
+        def tuning(run: Run, tell: Listener) -> _Tuning:
+            return _Tuning(run, wanted, present, share, asked, tell)
+
+        tell: Listener = on_event or (lambda event: None)
+        if not several:
+            return tuning(run, tell).run_all(command)
+        runners = {
+            board.label: Pool(jobs=0, cache_dir=root, visible=board.visible) for board in boards
+        }
+        for runner in runners.values():
+            stack.callback(runner.close)
+        crew = Crew(run, runners, tuning, problems=len(wanted), on_event=tell)
+        return crew.run_all(command)
 
 
 class _Tuning:
-    """One call of `tune`, problem by problem."""
+    """One call of `tune` on one device, problem by problem."""
 
     def __init__(
         self,
         run: Run,
         problems: Sequence[Problem],
         present: bool,
-        max_trials: int | None,
-        max_seconds: float | None,
-        on_event: Listener | None,
+        budget: Budget,
+        asked: Mapping[str, Any],
+        tell: Listener,
     ) -> None:
-        self._run = run
+        self.run = self._run = run
         self._problems = problems
         self._present = present
-        self._tell: Listener = on_event or (lambda event: None)
+        self._tell = tell
         effort = run.effort
-        self._limit = max_trials or (effort.trials if present else effort.compiles)
-        per_problem = effort.seconds if present else effort.compile_seconds
-        self._budget = Budget(
-            problems, run.device, per_problem=per_problem, in_all=max_seconds, running=present
-        )
-        self._asked = {"effort": effort.name, "max_trials": max_trials, "max_seconds": max_seconds}
+        self._limit = asked["max_trials"] or (effort.trials if present else effort.compiles)
+        self._budget = budget
+        self._asked = asked
         self._under_way: Trials | Predictions | None = None
 
     def run_all(self, command: str) -> list[TuneResult]:
@@ -161,29 +189,38 @@ class _Tuning:
         results: list[TuneResult] = []
         status = "failed"
         try:
-            self._greet()
-            run.number = run.database.start_run(
-                command=command,
-                device=run.device,
-                environment=run.environment,
-                seed=run.seed,
-                budget=self._asked,
-            )
-            self._budget.start()
-            for index, problem in enumerate(problems):
-                results.append(self._tune(index, problem))
+            self.greet()
+            self.begin(command)
+            while len(results) < len(problems):
+                results.append(self.tune(len(results)))
             status = "done"
         except KeyboardInterrupt:
             run.workers.close()
             status = "interrupted"
-            results += [self._interrupted(i) for i in range(len(results), len(problems))]
+            results += [self.interrupted(i) for i in range(len(results), len(problems))]
         finally:
             run.workers.close()
             if run.number is not None:
-                run.database.finish_run(run.number, status)
+                # Without this note a run is taken for one that was killed: nothing is lost by that.
+                with suppress(DatabaseError):
+                    run.database.finish_run(run.number, status)
+                run.ledger.close()
         return results
 
-    def _greet(self) -> None:
+    def begin(self, command: str) -> int:
+        """Note the run in the database; time counts from now."""
+        run = self._run
+        run.number = run.database.start_run(
+            command=command,
+            device=run.device,
+            environment=run.environment,
+            seed=run.seed,
+            budget=self._asked,
+        )
+        self._budget.start()
+        return run.number
+
+    def greet(self) -> None:
         """Start the device's worker, see that the device works, and ask for its versions."""
         run = self._run
         if not self._present:
@@ -200,7 +237,9 @@ class _Tuning:
                 return
         raise device_failed(run.device, reply)
 
-    def _tune(self, index: int, problem: Problem) -> TuneResult:
+    def tune(self, index: int) -> TuneResult:
+        """Tune the problem of that place."""
+        problem = self._problems[index]
         self._under_way = None
         started = time.monotonic()
         if self._budget.is_spent():
@@ -213,6 +252,7 @@ class _Tuning:
         else:
             result = self._rank(index, problem)
         result = dataclasses.replace(result, elapsed_s=time.monotonic() - started)
+        self._budget.finish(index)
         self._event(
             "done", index, record=result.best, done=result.trials, total=result.trials,
             best_us=result.best.latency_us if result.best else None,
@@ -246,7 +286,7 @@ class _Tuning:
             )  # fmt: skip
         if verdict.reason:
             return self._result("partial", trials, verdict.best, verdict.reason)
-        run.database.set_best(verdict.best)
+        run.ledger.winner(verdict.best)
         return self._result("improved" if verdict.improved else "unimproved", trials, verdict.best)
 
     def _rank(self, index: int, problem: Problem) -> TuneResult:
@@ -260,20 +300,29 @@ class _Tuning:
         best = found.best
         if best is None:
             return self._result("invalid", found, None, _why_invalid(found))
-        run.database.set_best(best)
+        run.ledger.winner(best)
         count = len(found.records)
         scope = "all" if count >= found.feasible else f"the {count} most promising of"
         return self._result(
             "predicted", found, best, f"compiled {scope} {found.feasible} feasible configs"
         )
 
-    def _interrupted(self, index: int) -> TuneResult:
+    def interrupted(self, index: int) -> TuneResult:
         """The result of a problem that Ctrl-C cut short or kept from its turn."""
         problem, trials = self._problems[index], self._under_way
         reason = "interrupted; run it again to go on"
         if trials is not None and trials.problem == problem:
             return self._result("partial", trials, trials.best, reason)
         return TuneResult(problem=problem, status="partial", best=None, reason=reason)
+
+    def close(self) -> None:
+        """End the worker, and store what waits for room."""
+        self._run.workers.close()
+        self._run.ledger.close()
+
+    def lost(self, index: int, message: str) -> None:
+        """Tell that the device has failed while it had that problem."""
+        self._event("lost", index, message=message)
 
     def _result(
         self, status: str, trials: Trials | Predictions, best: Record | None, reason: str = ""
@@ -328,13 +377,6 @@ def _chosen(catalog: Catalog, names: Sequence[str] | None) -> Mapping[str, Templ
     if names is None:
         return catalog.templates
     return {name: catalog.get(name) for name in names}
-
-
-def _visible(device: Device) -> str | None:
-    """CUDA_VISIBLE_DEVICES of the worker: the one GPU that Device facts are read from."""
-    if not device.is_cuda:
-        return None
-    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0] or None
 
 
 def _why_invalid(trials: Trials | Predictions) -> str:

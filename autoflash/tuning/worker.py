@@ -1,30 +1,29 @@
 """Worker: the process that compiles candidates or runs them; it may be killed at any moment.
 
-Started as `python -m autoflash.tuning.worker compile|device`; reads requests from standard input
-and answers on what was standard output. Kernels and compilers that print reach standard error.
+Started as `python -m autoflash.tuning.worker compile|device BYTES`, BYTES being the memory that it
+may take, or 0. Reads requests from standard input and answers on what was standard output.
+Kernels and compilers that print reach standard error.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import faulthandler
 import os
-import select
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from autoflash.tuning import wire
+from autoflash.tuning import guard, wire
 
-_PR_SET_PDEATHSIG = 1
 Handler = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
-def main(role: str) -> None:
+def main(role: str, memory_bytes: int | None = None) -> None:
     """Answer requests until standard input is closed."""
+    guard.set_limits(memory_bytes)
+    guard.enter(role)
     requests = os.fdopen(os.dup(0), "rb")
     replies = os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -32,10 +31,9 @@ def main(role: str) -> None:
     os.dup2(2, 1)
     sys.stdout = sys.stderr
     faulthandler.enable()
-    _die_with_parent(role, requests.fileno())
     handlers = _handlers(role)
     while (request := wire.read(requests)) is not None:
-        reply = _answer(handlers, request)
+        reply = {**_answer(handlers, request), "id": request.get("id")}
         data = wire.pack(reply)
         while data:
             data = data[os.write(replies, data) :]
@@ -47,7 +45,8 @@ def _answer(handlers: Mapping[str, Handler], request: Mapping[str, Any]) -> dict
     try:
         return handlers[request["kind"]](request)
     except Exception as error:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # no space left for the file behind standard error
+            traceback.print_exc()
         return {"outcome": "runtime_error", "reason": f"{type(error).__name__}: {error}"}
 
 
@@ -61,6 +60,7 @@ def _handlers(role: str) -> dict[str, Handler]:
     return {
         "hello": evaluator.hello,
         "evaluate": evaluator.evaluate,
+        "survey": evaluator.survey,
         "finals": evaluator.finals,
     }
 
@@ -88,32 +88,11 @@ def compile_candidate(request: Mapping[str, Any]) -> dict[str, Any]:
         return {"outcome": "compile_error", "raise": type(error).__name__, "reason": str(error)}
     except BuildError as error:
         return {"outcome": "compile_error", "reason": str(error)}
+    except OSError as error:  # a disk or a directory, not the source
+        reason = f"a kernel cannot be built: {error}"
+        return {"outcome": "compile_error", "raise": "CacheError", "reason": reason}
     return {"outcome": "ok", "resources": artifact.resources.to_dict()}
 
 
-def _die_with_parent(role: str, requests: int) -> None:
-    """End this process, and all it started, when the tuner is gone, however it went.
-
-    The tuner's end of the pipe closes even if it was killed. A signal at its death would come
-    first and leave the compilers that ninja started; only the device worker, which starts none,
-    asks for one, since a launch that hangs may hold the interpreter and stop the thread below.
-    """
-    if role == "device" and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    def wait() -> None:
-        from autoflash.tuning.process import session_members
-
-        poll = select.poll()
-        poll.register(requests, 0)  # POLLHUP alone, which needs no asking
-        poll.poll()
-        for pid in session_members(os.getpid()):
-            if pid != os.getpid():
-                os.kill(pid, signal.SIGKILL)
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]) or None)

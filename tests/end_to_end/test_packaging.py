@@ -25,11 +25,13 @@ ASK = """
 import json, autoflash
 from autoflash import settings
 from autoflash.codegen import catalog
+from autoflash.workload import presets
 found = settings.get()
 print(json.dumps({
     "package": autoflash.__file__,
     "templates_dir": str(found.templates_dir),
     "templates": sorted(catalog.installed().templates),
+    "presets": len(presets.installed()),
     "packs": sorted(path.name for path in found.tuning_db_dir.glob("*.jsonl")),
 }))
 """
@@ -106,6 +108,7 @@ def test_an_installation_finds_its_data(
         if path.name.endswith(endings) and not path.name.startswith("_")
     ]
     assert answer["templates"] == sorted(re.sub(r"\.\w+\.jinja$", "", name) for name in files)
+    assert answer["presets"] > 0
     assert answer["packs"] == sorted(path.name for path in (ROOT / "tuning_db").glob("*.jsonl"))
 
     version = run(python.parent / "autoflash", "version", "--json", cwd=tmp_path)

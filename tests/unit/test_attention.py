@@ -1243,9 +1243,7 @@ def test_a_database_that_cannot_be_read_costs_only_a_warning(
         raise DatabaseCorrupt("autoflash.db is not a database of ours")
 
     monkeypatch.setattr(Database, "open", corrupt)
-    reading = Dispatcher(
-        native(), lambda: serving.stored_records(native()), bench.catalog, bench.build
-    )
+    reading = Dispatcher(native(), lambda: serving.stored(native()), bench.catalog, bench.build)
     serving.use("cpu", 0, reading)
     q, k, v = tensors()
     with pytest.warns(RuntimeWarning, match="not a database of ours"):

@@ -21,6 +21,7 @@ from autoflash.build import cuda, library, memory, nvcc
 from autoflash.codegen import ops
 from autoflash.codegen.catalog import Catalog
 from autoflash.codegen.template import Source
+from autoflash.database import Database
 from autoflash.device import KNOWN_GPUS, for_arch
 from autoflash.errors import BuildError, CompileError, ToolchainMissing
 from autoflash.problem import Problem
@@ -369,10 +370,11 @@ def test_tuning_refuses_what_cannot_be_compiled(no_nvcc: None) -> None:
 
 def test_a_run_leaves_out_what_cannot_be_compiled(no_nvcc: None, tmp_path: Path) -> None:
     templates = both_families(tmp_path).templates
-    run = Run(
-        device=SM90, templates=templates, effort=efforts.of("quick"), policy="test", seed=0, jobs=1,
-        database=cast("Any", None), workers=cast("Any", None),
-    )  # fmt: skip
+    with Database.open("sqlite://") as database:
+        run = Run(
+            device=SM90, templates=templates, effort=efforts.of("quick"), policy="test", seed=0,
+            jobs=1, database=database, workers=cast("Any", None),
+        )  # fmt: skip
     assert [template.name for template in run.accepting(PROBLEM)] == ["triton/fwd"]
     assert run.refusals(PROBLEM)["cuda/row"].startswith("nvcc and the CUTLASS headers (")
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from autoflash import cli, settings
 from autoflash.cli import output, results
@@ -19,7 +23,7 @@ from autoflash.database import Database
 from autoflash.device import KNOWN_GPUS, Device, for_arch
 from autoflash.problem import Problem
 from autoflash.record import Measurement, Record
-from autoflash.tuning import tuner
+from autoflash.tuning import boards, tuner
 from autoflash.tuning.progress import Event, TuneResult
 
 PROBLEM = Problem.parse("b1s64h2d32c-float32")
@@ -32,7 +36,7 @@ def run(
     cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Run:
     """Runs a command line: (exit code, stdout, stderr)."""
-    for name in ("AUTOFLASH_DATABASE", "AUTOFLASH_JOBS"):
+    for name in ("AUTOFLASH_DATABASE", "AUTOFLASH_JOBS", "AUTOFLASH_RECORD"):
         monkeypatch.setenv(name, "")  # options write these; monkeypatch takes them back
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -232,6 +236,50 @@ def test_json_is_all_there_is_on_stdout(run: Run, tuned: dict[str, Any]) -> None
     assert err == ""
 
 
+def test_devices_arrive_as_boards(run: Run, tuned: dict[str, Any]) -> None:
+    run("tune", "--arch", "cpu", "--shape", PROBLEM.name)
+    assert tuned["boards"] == []
+    run("tune", "--arch", "cpu", "--shape", PROBLEM.name, "--devices", "all")
+    (board,) = tuned["boards"]
+    assert (board.device, tuned["device"]) == (for_arch("cpu"), for_arch("cpu"))
+    code, _, err = run("tune", "--arch", "cpu", "--shape", PROBLEM.name, "--devices", "0,3")
+    assert code == 2
+    assert "there is no 3; here are 0: " in err
+
+
+def test_more_devices_than_problems_are_remarked_on(
+    run: Run, tuned: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = [boards.Board(index=i, device=for_arch("cpu")) for i in range(2)]
+    monkeypatch.setattr(boards, "choose", lambda text, arch: two)
+    assert "1 of 2 devices are used" in run("tune", "--shape", PROBLEM.name, "--devices", "all")[2]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_says_which_device(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    if terminal:
+        monkeypatch.setattr(output, "Console", partial(Console, force_terminal=True, width=150))
+
+    def event(kind: str, device: str, **facts: Any) -> Event:
+        index = int(device)
+        return Event(
+            kind=kind, problem=PROBLEM, index=index, total_problems=2, device=device, **facts
+        )
+
+    with output.TuneProgress() as progress:
+        progress(event("start", "0", total=7))
+        progress(event("start", "1", total=7))
+        progress(event("lost", "1", message="device 1 is used no more: killed"))
+        progress(event("done", "0", best_us=5.0))
+        if terminal:
+            assert [task.description.rpartition(" ")[2] for task in progress._bars.tasks] == ["0"]
+    said = stream.getvalue()
+    assert f"[1/2] {PROBLEM.name} on device 0: best 5 us" in said
+    assert f"[2/2] {PROBLEM.name} on device 1: device 1 is used no more: killed" in said
+
+
 def test_the_options_of_tune_arrive(run: Run, tuned: dict[str, Any]) -> None:
     run(
         "tune", "--arch", "cpu", "--shape", PROBLEM.name, "--templates", "cpp/*", "--effort",
@@ -364,6 +412,39 @@ def test_why_names_the_record_and_what_the_nearest_differ_in(filled: Run) -> Non
     assert "2.00x the default, 3.00x sdpa" in exact
     answers = json.loads(filled("why", "b1s128h4d32c-float32", "--arch", "cpu", "--json")[1])
     assert [each["rule"] for each in answers] == ["bucket"]
+
+
+def test_presets_are_listed_with_layers_and_source(run: Run) -> None:
+    code, out, _ = run("presets", "gemma2-9b", "llama3-8b")
+    assert code == 0
+    [llama] = [line for line in out.splitlines() if line.startswith("llama3-8b")]
+    assert llama.split()[1:4] == ["32", "32/8", "128"]
+    assert "Meta-Llama-3-8B" in llama
+    assert "window 4096, softcap 50" in out
+    answer = json.loads(run("presets", "--json")[1])
+    assert {"llama3-70b", "vit-l", "sd3", "deepseek-v3"} <= {each["name"] for each in answer}
+    assert all(each["source"] and each["attention"] for each in answer)
+    assert run("presets", "lama3-8b")[0] == 2
+
+
+def test_plan_says_where_the_time_goes(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "ran.txt"
+    file.write_text(f"{OTHER.name} 10\n{PROBLEM.name} 1000\n")
+    arguments = ("plan", "--arch", "cpu", "--problems", file, "--templates", "cpp/fwd")
+    plans = json.loads(run(*arguments, "--json")[1])["problems"]
+    assert [(plan["problem"], plan["calls"]) for plan in plans] == [
+        (PROBLEM.name, 1000), (OTHER.name, 10)
+    ]  # fmt: skip
+    assert plans[0]["share"] > 0.9
+    assert plans[0]["call_us"] < plans[1]["call_us"]
+    out = run(*arguments)[1]
+    assert out.index("Where the time goes") < out.index("Plan for")
+
+
+def test_the_command_line_records_nothing(run: Run, tmp_path: Path) -> None:
+    os.environ["AUTOFLASH_RECORD"] = str(tmp_path / "ran.txt")  # `run` takes it back
+    assert run("plan", "--shape", PROBLEM.name, "--arch", "cpu")[0] == 0
+    assert settings.get().record_file is None
 
 
 def test_plan_counts_what_each_constraint_rejects(run: Run) -> None:

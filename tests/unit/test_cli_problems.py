@@ -139,6 +139,54 @@ def test_a_shape_takes_each_dtype_unless_it_names_one() -> None:
     ]  # fmt: skip
 
 
+def test_what_takes_most_time_comes_first_where_calls_are_known(tmp_path: Path) -> None:
+    file = tmp_path / "ran.txt"
+    file.write_text("b1s64h8d64f-float32 9\nb1s1024h8d64f-float32 9\nb1s512h8d64f-float32 900\n")
+    chosen = Selection(file=file)
+    assert [p.seqlen_q for p in chosen.problems(CPU)] == [512, 1024, 64]
+    costs = chosen.costs(CPU)
+    assert [cost.calls for cost in costs] == [900, 9, 9]
+    assert sum(cost.share for cost in costs) == pytest.approx(1.0)
+    assert [p.seqlen_q for p in Selection(file=file, top=2).problems(CPU)] == [512, 1024]
+    assert [p.seqlen_q for p in Selection(file=file, seqlen="64,1024").problems(CPU)] == [1024, 64]
+
+
+def test_without_calls_the_order_is_that_of_the_file_unless_top_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text("b1s64h8d64f-float32\nb1s1024h8d64f-float32\n")
+    assert [p.seqlen_q for p in Selection(file=file).problems(CPU)] == [64, 1024]
+    assert Selection(file=file).costs(CPU) == []
+    assert [p.seqlen_q for p in Selection(file=file, top=1).problems(CPU)] == [1024]
+
+
+def test_a_preset_is_expanded_and_sizes_replace_its_own() -> None:
+    assert names(Selection(preset=["llama3-8b"]), SM80) == [
+        "b16s1024h32/8d128c-bfloat16", "b4s4096h32/8d128c-bfloat16",
+        "b8s1x8192h32/8d128c-bfloat16",
+    ]  # fmt: skip
+    assert names(Selection(preset=["llama3-8b"])) == [
+        "b1s1024h32/8d128c-bfloat16", "b1s1x1024h32/8d128c-bfloat16"
+    ]  # fmt: skip
+    sized = Selection(preset=["gpt2,vit-l"], batch="2", seqlen="300", dtype="float16,float32")
+    assert names(sized, SM80) == [
+        "b2s300h12/12d64c-float16", "b2s300h12/12d64c-float32",
+        "b2s300h16/16d64f-float16", "b2s300h16/16d64f-float32",
+    ]  # fmt: skip
+    decoding = Selection(preset=["llama3-8b"], batch="64", seqlen="1", seqlen_k="500,900")
+    assert names(decoding, SM80) == [
+        "b64s1x500h32/8d128c-bfloat16", "b64s1x900h32/8d128c-bfloat16"
+    ]  # fmt: skip
+
+
+def test_other_options_choose_among_the_layers_of_a_preset() -> None:
+    local = Selection(preset=["gemma2-9b"], window="4095", seqlen="8192", batch="1")
+    assert names(local, SM80) == ["b1s8192h16/8d256cw4095cap50-bfloat16"]
+    everywhere = Selection(preset=["gemma2-9b"], window="inf", seqlen="8192", batch="1")
+    assert names(everywhere, SM80) == ["b1s8192h16/8d256ccap50-bfloat16"]
+
+
 def wrong_file(tmp_path: Path, text: bytes) -> Path:
     path = tmp_path / "wrong.txt"
     path.write_bytes(text)
@@ -156,7 +204,10 @@ def wrong_file(tmp_path: Path, text: bytes) -> Path:
         (Selection(dtype="bf16"), UnknownName, "unknown dtype 'bf16'.*bfloat16"),
         (Selection(heads="3", kv_heads="2"), InvalidInput, "num_heads=3 is not a multiple"),
         (Selection(grid="cpu", head_dim="7"), InvalidInput, "none of the .* grid 'cpu'"),
-        (Selection(file=Path("/does/not/exist")), UnknownName, "/does/not/exist"),
+        (Selection(file=Path("/does/not/exist")), InvalidInput, "/does/not/exist cannot be read"),
+        (Selection(preset=["llama3-8"]), UnknownName, "preset 'llama3-8'.* mean 'llama3-8b'"),
+        (Selection(preset=["gpt2"], heads="7"), InvalidInput, "none of the .* preset gpt2 has"),
+        (Selection(preset=["gpt2"], seqlen="x"), InvalidInput, "--seqlen 'x' is not a whole"),
         (Selection(window="x"), InvalidInput, "--window 'x' is not a whole number"),
         (Selection(window="1,2,3"), InvalidInput, "--window '1,2,3' is not LEFT"),
         (Selection(window=","), InvalidInput, "--window ',' is not LEFT"),
@@ -179,6 +230,9 @@ def test_what_cannot_be_meant_names_option_and_value(
     ("text", "message"),
     [
         (b"b1s1h1d8c\nb1s1h1\n", "wrong.txt:2: problem 'b1s1h1' is not"),
+        (b"b1s1h1d8c 0\n", "wrong.txt:1: the number of calls '0' is not a whole number from 1"),
+        (b"b1s1h1d8c 1 2\n", "wrong.txt:1: 'b1s1h1d8c 1 2' has 3 words"),
+        (b"x\nb1s1h1d8c\ny\n", "(?s)wrong.txt:1: .*wrong.txt:3: .*these 2 lines"),
         (b"# nothing\n", "names no problem"),
         (b"\xff\xfe", "wrong.txt cannot be read"),
     ],
@@ -203,3 +257,8 @@ def test_matching_keeps_the_records_of_the_problems_asked_for() -> None:
     assert Selection(window="inf").matching(everything) == [one, two, capped]
     assert Selection(softcap="5,6").matching(everything) == [capped]
     assert Selection(softcap="0", causal=True).matching(everything) == [one, local]
+    layer, other = Known("b3s777h32/8d128c-float16"), Known("b3s777h32/4d128c-float16")
+    assert Selection(preset=["llama3-8b"]).matching([one, layer, other]) == [layer]
+    assert Selection(preset=["llama3-8b"], batch="4").matching([layer]) == []
+    with pytest.raises(InvalidInput, match="--top 3 says nothing of records"):
+        Selection(top=3).matching([one])

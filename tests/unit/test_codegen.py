@@ -241,3 +241,12 @@ def test_installed_templates_have_a_feasible_default_for_some_problem(template: 
                     assert template.render(config, problem, where).text
                     served += 1
     assert served
+
+
+@pytest.mark.parametrize("head_dim", [8, 320, 328, 512, 1024])
+def test_no_template_breaks_over_head_dims_that_it_refuses(head_dim: int) -> None:
+    problem = Problem.parse(f"b1s64h2d{head_dim}x8c")
+    for device in KNOWN_GPUS.values():
+        refused = installed().refusals(problem, device)
+        if head_dim > 256:
+            assert set(refused) == set(installed().templates)

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.dispatch_tables import FAST, SLOW, table
 
 from autoflash.build import Artifact, Kernel, Launch, Resources
 from autoflash.codegen.catalog import Catalog, installed
 from autoflash.codegen.template import Source, Template
 from autoflash.config import Config
 from autoflash.device import KNOWN_GPUS, Device
+from autoflash.dispatch_table import DispatchTable, Leaf
 from autoflash.errors import CompileError
-from autoflash.problem import Problem
+from autoflash.problem import MAX_DISTANCE, Problem
 from autoflash.record import Measurement, Record
 from autoflash.runtime import serving, warn
-from autoflash.runtime.dispatch import MAX_DISTANCE, Dispatcher
+from autoflash.runtime.dispatch import Dispatcher, Learned
 from autoflash.runtime.explain import explain
 
 TEMPLATE = """{{#---
@@ -458,7 +460,7 @@ def test_a_device_that_is_not_here_can_be_asked_about(
 ) -> None:
     ampere = KNOWN_GPUS["sm80"]
     stored = [record(catalog, ASKED, device=ampere)]
-    monkeypatch.setattr(serving, "stored_records", lambda device: stored)
+    monkeypatch.setattr(serving, "stored", lambda device: stored)
     monkeypatch.setattr("autoflash.codegen.catalog.installed", lambda: catalog)
     assert explain(ASKED, ampere).rule == "exact"
 
@@ -485,3 +487,72 @@ def test_a_new_length_asks_a_template_nothing_again(monkeypatch: pytest.MonkeyPa
     asked.clear()
     assert dispatcher.serve(Problem.parse("b4s17x1001h32/8d128c")).config != first.config
     assert any(what.startswith("constraint") for what in asked)
+
+
+# Dispatch tables --------------------------------------------------------------------------------
+
+
+def tabled(catalog: Catalog, **changes: Any) -> DispatchTable:
+    digests = {name: template.digest for name, template in catalog.templates.items()}
+    return table(digests, **changes)
+
+
+def rules(catalog: Catalog, name: str, *records: Record, **changes: Any) -> tuple[str, Config]:
+    dispatcher = Dispatcher(HERE, Learned(records, [tabled(catalog, **changes)]), catalog)
+    choice = next(dispatcher.choices(Problem.parse(name)))
+    return choice.rule, choice.config
+
+
+def test_a_table_serves_what_was_not_tuned_and_before_the_nearest_record(catalog: Catalog) -> None:
+    # The record's config is FAST; the table says that up to 1024 rows the default is best.
+    near = record(catalog, "b1s600h8d64c")
+    assert rules(catalog, "b1s601h8d64c", near) == ("table", SLOW)
+    assert rules(catalog, "b1s2000h8d64c", near) == ("table", FAST)
+    assert rules(catalog, "b1s600h8d64c", near) == ("exact", FAST)
+    # Another mask, dtype or kind of work is none of its business.
+    assert rules(catalog, "b1s601h8d64f", near) == ("default", SLOW)
+    assert rules(catalog, "b1s601h8d64c-float16", near) == ("bucket", FAST)
+    assert rules(catalog, "b1s1x64h8d64c", near) == ("default", SLOW)
+
+
+def test_a_table_serves_no_other_device(catalog: Catalog) -> None:
+    assert rules(catalog, "b1s2000h8d64c", device=SIBLING) == ("default", SLOW)
+
+
+@pytest.mark.parametrize("seqlen", [601, 2000])
+def test_a_leaf_of_a_template_that_has_changed_is_not_served(catalog: Catalog, seqlen: int) -> None:
+    name, former = f"b1s{seqlen}h8d64c", {"digests": {"triton/fwd": "former"}}
+    assert rules(catalog, name, **former) == ("default", SLOW)
+    # Records that hold say more than a table that does not.
+    assert rules(catalog, name, record(catalog, "b1s1000h8d64c"), **former) == ("bucket", FAST)
+
+
+def test_a_leaf_that_is_not_feasible_falls_to_the_next_rule(catalog: Catalog) -> None:
+    long = Config.of("triton/fwd", {"block_m": 128, "num_stages": 1})
+    whole = (Leaf(where=(), config=1, probes=4, mean=0.0, worst=0.0),)
+    changes = {"configs": (SLOW, long), "leaves": whole}
+    assert rules(catalog, "b1s128h8d64c", **changes) == ("table", long)
+    assert rules(catalog, "b1s127h8d64c", **changes) == ("default", SLOW)
+
+
+def test_a_leaf_that_cannot_be_built_is_served_by_the_default(catalog: Catalog) -> None:
+    builder = Builder("block_m = 32")
+    dispatcher = Dispatcher(HERE, Learned((), [tabled(catalog)]), catalog, builder)
+    with pytest.warns(RuntimeWarning, match="ptxas says no"):
+        served = dispatcher.serve(Problem.parse("b1s2000h8d64c"))
+    assert (served.rule, served.config) == ("default", SLOW)
+
+
+def test_why_names_the_leaf_and_what_the_table_is_worth(catalog: Catalog) -> None:
+    made = tabled(catalog)
+    dispatcher = Dispatcher(HERE, Learned((), [made]), catalog)
+    told = explain("b1s2000h8d64c", dispatcher=dispatcher)
+    assert (told.rule, told.config, told.record, told.table) == ("table", FAST, None, made)
+    assert told.reason == (
+        "dispatch table fwd-d64c-bfloat16: seqlen_q > 1024; 2 shapes measured, 1.0% behind the "
+        "best of each on average, 2.0% at worst"
+    )
+    assert told.to_dict()["table"] == made.to_dict()
+    short = explain("b1s601h8d64c", dispatcher=dispatcher)
+    assert "seqlen_q <= 1024, where the default is best; 2 shapes" in short.reason
+    assert explain("b1s601h8d64f", dispatcher=dispatcher).table is None

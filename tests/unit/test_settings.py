@@ -24,6 +24,7 @@ def test_every_variable_moves_what_it_names(tmp_path: Path) -> None:
             "AUTOFLASH_TUNING_DB": str(tmp_path / "d"),
             "AUTOFLASH_JOBS": "3",
             "AUTOFLASH_CXX": "clang++",
+            "AUTOFLASH_RECORD": str(tmp_path / "ran.txt"),
         }
     )
     assert settings == Settings(
@@ -33,6 +34,7 @@ def test_every_variable_moves_what_it_names(tmp_path: Path) -> None:
         tuning_db_dir=tmp_path / "d",
         jobs=3,
         cxx="clang++",
+        record_file=tmp_path / "ran.txt",
     )
 
 

@@ -19,11 +19,12 @@ from autoflash.codegen.template import Source
 from autoflash.config import Config
 from autoflash.device import Device
 from autoflash.problem import Problem
+from autoflash.tuning import process as process_module
 from autoflash.tuning import wire
 from autoflash.tuning.pool import Finished, Pool
 from autoflash.tuning.process import Process, environment, session_members
 
-FAULTY = Path(__file__).parents[1] / "data" / "faulty"
+FAULTY = Path(__file__).parents[1] / "faults" / "templates"
 PROBLEM = Problem.parse("b1s48h2/2d16c-float32")
 
 
@@ -43,7 +44,9 @@ def worker(request: pytest.FixtureRequest) -> Iterator[Process]:
 
 def render(cpu: Device, fault: str = "none", delay_us: int = 0) -> Source:
     template = Catalog.load(FAULTY).get("cpp/naive")
-    config = Config.of(template.name, {"fault": fault, "delay_us": delay_us, "twin": 0})
+    config = Config.of(
+        template.name, {"fault": fault, "delay_us": delay_us, "twin": 0, "name": "a"}
+    )
     return template.render(config, PROBLEM, cpu)
 
 
@@ -302,4 +305,25 @@ def test_the_pool_compiles_side_by_side_and_forgets_what_is_cancelled(
         pool.close()
     assert pool.pids() == []
     assert not scratch.exists()
+    assert all(gone(session) for session in sessions)
+
+
+def test_many_workers_are_found_by_one_look_at_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A look takes milliseconds: one for each of 64 compilers would hold up Ctrl-C.
+    sleeper = (sys.executable, "-c", "import time; time.sleep(600)")
+    pool = Pool(jobs=3, cache_dir=tmp_path, visible=None, command=sleeper)
+    for number in range(3):
+        pool.submit("compile", str(number), {"kind": "compile"}, 60.0)
+    sessions, looks, real = pool.pids(), [], process_module._processes
+
+    def look() -> dict[int, tuple[int, int]] | None:
+        looks.append(1)
+        return real()
+
+    monkeypatch.setattr(process_module, "_processes", look)
+    pool.close()
+    assert len(sessions) == 3
+    assert len(looks) == 2
     assert all(gone(session) for session in sessions)

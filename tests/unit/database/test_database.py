@@ -268,8 +268,8 @@ def test_summary_counts_rows(database: Database, record: Make) -> None:
     database.add(record())
     database.set_best(record())
     found = database.summary()
-    assert (found["trial"], found["best"], found["run"], found["pack"]) == (1, 1, 0, 0)
-    assert found["schema"] == 2
+    assert [found[name] for name in ("trial", "best", "run", "dispatch", "pack")] == [1, 1, 0, 0, 0]
+    assert found["schema"] == 3
     assert found["writable"] is True
 
 
