@@ -237,7 +237,9 @@ def test_a_database_of_a_newer_version_is_left_alone(
     raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     raw.close()
     before = path.read_bytes()
-    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)  # which `main` replaces
+    # What `main` writes, monkeypatch takes back.
+    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
+    monkeypatch.setenv("AUTOFLASH_DATABASE", "")
     with pytest.raises(SystemExit, match="2"):
         main(["tune", "--shape", PROBLEM.name, "--database", str(path)])
     said = capsys.readouterr().err
