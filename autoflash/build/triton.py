@@ -221,7 +221,7 @@ def _compile_here() -> None:
     for name, options in ((KERNEL, job["options"]), (COMBINE, {})):
         if not hasattr(module, name):
             continue
-        print(_NEXT, end="")
+        print(_NEXT, end="", flush=True)  # before what Python says of an error, unbuffered
         function = getattr(module, name)
         compiled = triton_compile(
             _source_class(function)(function, job["signature"], attrs=attributes),
