@@ -5,6 +5,7 @@ COMMA := ,
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+OLDEST_TRITON := 3.6.0
 NEWEST_TRITON := 3.9.0
 # What developers install beside the package: `nvcc` too where the machine has no CUDA toolkit.
 EXTRAS := dev,cuda$(if $(shell command -v nvcc 2>/dev/null),,$(COMMA)nvcc)
@@ -55,6 +56,8 @@ clean:  # the cache of kernels and the database are the user's: autoflash doctor
 $(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch  # first, so that nothing that depends on it brings another build
+	$(BIN)/python -c 'import triton' 2>/dev/null \
+	  || $(PIP) "triton==$(OLDEST_TRITON); platform_system == 'Linux' and platform_machine == 'x86_64'"
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch pyproject.toml

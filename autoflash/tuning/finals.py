@@ -15,7 +15,14 @@ from autoflash.record import Measurement, Record
 from autoflash.tuning import wire
 from autoflash.tuning.run import Run, now
 from autoflash.tuning.timing import Interleaved
-from autoflash.tuning.trials import SLOWER, evaluate_request, evaluate_timeout_s, explain
+from autoflash.tuning.trials import (
+    CANARIES,
+    SLOWER,
+    device_failed,
+    evaluate_request,
+    evaluate_timeout_s,
+    explain,
+)
 
 NEAR = 1.1
 """Finalists are within this factor of the best: single timings differ by less from run to run."""
@@ -214,6 +221,22 @@ def guilty(
 
 def _source(run: Run, problem: Problem, config: Config) -> Source:
     return run.templates[config.template].render(config, problem, run.device)
+
+
+def greet(run: Run) -> None:
+    """See that the device works, and ask for its versions.
+
+    Raises:
+        WorkerError: it does not, for several fresh workers in a row.
+    """
+    request = {"kind": "hello", "device": run.device.to_dict()}
+    reply: dict[str, Any] = {}
+    for _ in range(CANARIES):
+        reply = ask(run, request, run.effort.evaluate_timeout_s)
+        if reply["outcome"] == "ok":
+            run.environment = reply["environment"]
+            return
+    raise device_failed(run.device, reply)
 
 
 def ask(

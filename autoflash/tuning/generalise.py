@@ -19,6 +19,7 @@ from autoflash.errors import DatabaseError, InvalidInput
 from autoflash.problem import Problem
 from autoflash.record import Record
 from autoflash.tuning import effort as efforts
+from autoflash.tuning import finals
 from autoflash.tuning.boards import held
 from autoflash.tuning.boards import of as board_of
 from autoflash.tuning.effort import Effort
@@ -27,7 +28,7 @@ from autoflash.tuning.pool import Pool, Workers
 from autoflash.tuning.probes import is_held_out, probes
 from autoflash.tuning.progress import Event, Listener
 from autoflash.tuning.run import Run, is_present, now
-from autoflash.tuning.shape import Shape, Shapes, greet
+from autoflash.tuning.shape import Shape, Shapes
 from autoflash.tuning.timing import policy_for
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ class _Generalising:
         status = "failed"
         reason = "the time was used up; run it again to go on"
         try:
-            greet(run)
+            finals.greet(run)
             run.number = run.database.start_run(
                 command=command,
                 device=run.device,

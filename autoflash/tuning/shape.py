@@ -18,9 +18,7 @@ from autoflash.tuning import finals
 from autoflash.tuning.predict import over_resources
 from autoflash.tuning.run import DOUBTFUL, KILLS, Run, now
 from autoflash.tuning.trials import (
-    CANARIES,
     compile_request,
-    device_failed,
     evaluate_request,
     evaluate_timeout_s,
     explain,
@@ -187,7 +185,7 @@ class Shapes:
         reply = finals.ask(run, request, timeout_s, tries=1)
         raise_named(reply)
         if reply["outcome"] in KILLS or reply.get("exiting"):
-            greet(run)
+            finals.greet(run)
         return reply
 
     def _turns(self, row: _Row) -> Times:
@@ -215,7 +213,7 @@ class Shapes:
                     took = Measurement.from_dict(reply["measurements"][str(number)])
                     row.records[digest] = dataclasses.replace(row.records[digest], measurement=took)
                 break
-            greet(run)
+            finals.greet(run)
             for config, failure in finals.guilty(run, shape.problem, configs, reply).items():
                 row.records[left[config]] = dataclasses.replace(failure, created=row.created)
         if reply["outcome"] != "ok":
@@ -252,22 +250,6 @@ class Shapes:
             if set(times) >= set(shape.sources):
                 return {config: times[config] for config in shape.sources}
         return None
-
-
-def greet(run: Run) -> None:
-    """See that the device works, and ask for its versions.
-
-    Raises:
-        WorkerError: it does not, for several fresh workers in a row.
-    """
-    request = {"kind": "hello", "device": run.device.to_dict()}
-    reply: dict[str, Any] = {}
-    for _ in range(CANARIES):
-        reply = finals.ask(run, request, run.effort.evaluate_timeout_s)
-        if reply["outcome"] == "ok":
-            run.environment = reply["environment"]
-            return
-    raise device_failed(run.device, reply)
 
 
 def _is_doubtful(reply: Mapping[str, Any], is_default: bool) -> bool:

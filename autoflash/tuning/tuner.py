@@ -31,7 +31,7 @@ from autoflash.tuning.predict import MODEL
 from autoflash.tuning.progress import STATUSES, Event, Listener, TuneResult
 from autoflash.tuning.run import Run, is_present
 from autoflash.tuning.timing import policy_for
-from autoflash.tuning.trials import CANARIES, Report, Trials, device_failed
+from autoflash.tuning.trials import Report, Trials
 
 if TYPE_CHECKING:
     from autoflash.database import Database
@@ -174,7 +174,7 @@ class _Tuning:
         asked: Mapping[str, Any],
         tell: Listener,
     ) -> None:
-        self.run = self._run = run
+        self.run = run
         self._problems = problems
         self._present = present
         self._tell = tell
@@ -185,7 +185,7 @@ class _Tuning:
         self._under_way: Trials | Predictions | None = None
 
     def run_all(self, command: str) -> list[TuneResult]:
-        run, problems = self._run, self._problems
+        run, problems = self.run, self._problems
         results: list[TuneResult] = []
         status = "failed"
         try:
@@ -209,7 +209,7 @@ class _Tuning:
 
     def begin(self, command: str) -> int:
         """Note the run in the database; time counts from now."""
-        run = self._run
+        run = self.run
         run.number = run.database.start_run(
             command=command,
             device=run.device,
@@ -222,20 +222,13 @@ class _Tuning:
 
     def greet(self) -> None:
         """Start the device's worker, see that the device works, and ask for its versions."""
-        run = self._run
+        run = self.run
         if not self._present:
             from autoflash.tuning.environment import environment
 
             run.environment = environment(run.device)
             return
-        request = {"kind": "hello", "device": run.device.to_dict()}
-        reply: dict[str, Any] = {}
-        for _ in range(CANARIES):
-            reply = finals.ask(run, request, run.effort.evaluate_timeout_s)
-            if reply["outcome"] == "ok":
-                run.environment = reply["environment"]
-                return
-        raise device_failed(run.device, reply)
+        finals.greet(run)
 
     def tune(self, index: int) -> TuneResult:
         """Tune the problem of that place."""
@@ -245,7 +238,7 @@ class _Tuning:
         if self._budget.is_spent():
             reason = "the time was used up before its turn"
             result = TuneResult(
-                problem=problem, status="partial", best=self._run.best(problem), reason=reason
+                problem=problem, status="partial", best=self.run.best(problem), reason=reason
             )
         elif self._present:
             result = self._measure(index, problem)
@@ -262,7 +255,7 @@ class _Tuning:
 
     def _measure(self, index: int, problem: Problem) -> TuneResult:
         """Tune one problem on the device that is present."""
-        run = self._run
+        run = self.run
         trials = Trials(run, problem, limit=self._limit, report=self._reporter(index))
         self._under_way = trials
         count = len(trials.records)
@@ -291,7 +284,7 @@ class _Tuning:
 
     def _rank(self, index: int, problem: Problem) -> TuneResult:
         """Compile and rank the configs of one problem for a device that is absent."""
-        run = self._run
+        run = self.run
         found = Predictions(run, problem, limit=self._limit, report=self._reporter(index))
         self._under_way = found
         self._event("start", index, done=len(found.records), total=found.limit)
@@ -317,8 +310,8 @@ class _Tuning:
 
     def close(self) -> None:
         """End the worker, and store what waits for room."""
-        self._run.workers.close()
-        self._run.ledger.close()
+        self.run.workers.close()
+        self.run.ledger.close()
 
     def lost(self, index: int, message: str) -> None:
         """Tell that the device has failed while it had that problem."""

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.faults import children
 
 from autoflash import device, settings
 from autoflash.codegen.catalog import Catalog
@@ -30,20 +31,6 @@ EFFORT = dataclasses.replace(
 
 def boards() -> list[Board]:
     return [Board(index=i, device=device.for_arch("cpu"), visible=str(i)) for i in range(2)]
-
-
-def children(pid: int) -> list[int]:
-    """Processes with this parent."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[1]) == pid and fields[0] != "Z":
-                found.append(int(entry.name))
-    return found
 
 
 def start(tmp_path: Path) -> subprocess.Popen[str]:
