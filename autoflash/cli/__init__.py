@@ -383,6 +383,52 @@ def bench(
 
 @app.command()
 @takes_problems
+def export(
+    selection: Selection,
+    form: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="package, hf-kernel, json, flex, triton-configs, kernel-tuner or cuda-header.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")],
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="NAME", help="Of the package that is made.")
+    ] = None,
+    binaries: Annotated[
+        bool,
+        typer.Option("--binaries/--sources", help="Ship compiled CUDA kernels, or sources only."),
+    ] = True,
+    device: AnyDeviceOption = None,
+    arch: AnyArchOption = None,
+    database: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write what was tuned for a device in a form that other projects load without autoflash."""
+    from autoflash import export as exporting
+    from autoflash.cli.exports import exported
+    from autoflash.codegen import catalog
+    from autoflash.database import Database
+
+    use(database=database)
+    target = exporting.target(form)
+    with Database.open() as db:
+        chosen = exporting.select(
+            db,
+            catalog.installed(),
+            templates=target.templates,
+            device_key=device_key(device, db),
+            arch=arch,
+            choose=selection.matching,
+            chosen_tables=selection.concerning,
+        )
+    files = target.files(chosen, exporting.Options(name=name, binaries=binaries))
+    exported(exporting.write(out, target.name, chosen, files), chosen, as_json)
+
+
+@app.command()
+@takes_problems
 def warmup(
     selection: Selection,
     arch: ArchOption = "native",

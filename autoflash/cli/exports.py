@@ -1,0 +1,32 @@
+"""What was exported, as `export` prints it."""
+
+from __future__ import annotations
+
+from autoflash.cli.output import remark, say, write_json
+from autoflash.export import Bundle, Selection
+
+
+def exported(bundle: Bundle, selection: Selection, as_json: bool) -> None:
+    """The end of `export`: what was written, for which device, and what was left out."""
+    for reason, count in selection.left_out.items():
+        remark(f"{count} left out: {reason}; tune again to have them exported")
+    if as_json:
+        write_json(
+            {
+                "target": bundle.target,
+                "folder": str(bundle.folder),
+                "device": selection.device.slug,
+                "entries": len(bundle.entries),
+                "left_out": dict(selection.left_out),
+                "files": dict(bundle.files),
+            }
+        )
+        return
+    device = selection.device
+    kernels = len({entry.source.digest for entry in selection.entries})
+    say(
+        f"{bundle.target}: {len(bundle.entries)} winners on {device.name} ({device.arch}), "
+        f"{kernels} kernels, {len(selection.tables)} dispatch tables"
+    )
+    for path in bundle.files:
+        say(f"  {bundle.folder / path}")

@@ -1,0 +1,1 @@
+"""Calls with the signatures of other libraries, served by autoflash."""

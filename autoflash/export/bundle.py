@@ -1,0 +1,138 @@
+"""An export on disk: its files, and the manifest that lets `autoflash verify` check them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from autoflash.errors import InvalidInput
+from autoflash.export.header import SCHEMA_VERSION, entry_dict, header
+from autoflash.export.selection import Selection
+
+MANIFEST = "autoflash-export.json"
+"""Beside the files of an export: the header, each winner, and the digest of each file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """What a manifest says.
+
+    Attributes:
+        folder: where it is.
+        target: which form it is of.
+        header: as in autoflash.export.header.
+        entries: the winners, as `entry_dict` has them.
+        files: path below the folder -> sha256 of its content.
+    """
+
+    folder: Path
+    target: str
+    header: Mapping[str, Any]
+    entries: tuple[Mapping[str, Any], ...]
+    files: Mapping[str, str]
+
+
+def write(
+    folder: Path, target: str, selection: Selection, files: Mapping[str, str | bytes]
+) -> Bundle:
+    """Write the files of an export and their manifest; what a former export left there goes.
+
+    Args:
+        folder: made where there is none. One that has files, but no manifest, is somebody else's.
+        target: name of the form.
+        selection: what was exported.
+        files: path below the folder -> content.
+
+    Raises:
+        InvalidInput: the folder is not ours, or cannot be written.
+    """
+    former = _former(folder)
+    contents = {
+        path: text.encode() if isinstance(text, str) else text for path, text in files.items()
+    }
+    for path in contents:
+        parts = PurePosixPath(path)
+        inside = not parts.is_absolute() and ".." not in parts.parts
+        assert inside, path
+        assert path != MANIFEST
+    bundle = Bundle(
+        folder=folder,
+        target=target,
+        header=header(selection),
+        entries=tuple(entry_dict(entry) for entry in selection.entries),
+        files={path: hashlib.sha256(data).hexdigest() for path, data in sorted(contents.items())},
+    )
+    manifest = {
+        "target": target,
+        "header": bundle.header,
+        "entries": bundle.entries,
+        "files": bundle.files,
+    }
+    text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+    try:
+        for path, data in {**contents, MANIFEST: text.encode()}.items():
+            whole = folder / path
+            whole.parent.mkdir(parents=True, exist_ok=True)
+            part = whole.with_name(f".{whole.name}.part")
+            part.write_bytes(data)
+            part.replace(whole)
+        for path in sorted(former - set(contents)):
+            (folder / path).unlink(missing_ok=True)
+    except OSError as error:
+        raise InvalidInput(
+            f"--out {folder}: {error.strerror}: {error.filename}. Choose another folder."
+        ) from error
+    return bundle
+
+
+def read(folder: Path) -> Bundle:
+    """What is exported in a folder.
+
+    Raises:
+        InvalidInput: there is no manifest, or it is damaged or of another version.
+    """
+    path = folder / MANIFEST
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        bundle = Bundle(
+            folder=folder,
+            target=data["target"],
+            header=dict(data["header"]),
+            entries=tuple(data["entries"]),
+            files=dict(data["files"]),
+        )
+        version = bundle.header["schema_version"]
+    except OSError as error:
+        raise InvalidInput(
+            f"{folder} is no export: {MANIFEST} cannot be read there ({error.strerror}). "
+            "`autoflash export TARGET --out DIR` makes one."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidInput(f"{path} is damaged: {error!r}. Export again.") from error
+    if version != SCHEMA_VERSION:
+        raise InvalidInput(
+            f"{path} is of schema version {version}, and this autoflash knows {SCHEMA_VERSION}. "
+            "Export again, or use the autoflash that made it."
+        )
+    return bundle
+
+
+def _former(folder: Path) -> set[str]:
+    """The files of an export that is there already."""
+    if not folder.exists():
+        return set()
+    if not folder.is_dir():
+        raise InvalidInput(f"--out {folder} is a file; name a folder.")
+    if not any(folder.iterdir()):
+        return set()
+    try:
+        return set(read(folder).files)
+    except InvalidInput as error:
+        raise InvalidInput(
+            f"--out {folder} holds files and no export of ours, which could be replaced: {error} "
+            "Name an empty or a new folder."
+        ) from error
