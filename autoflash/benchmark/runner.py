@@ -48,6 +48,7 @@ def run(
     on_build: Callable[[int], None] | None = None,
     on_start: Callable[[Problem, int, int], None] | None = None,
     on_row: Callable[[Row], None] | None = None,
+    on_report: Callable[[Report], None] | None = None,
 ) -> Report:
     """Time autoflash and its peers on each problem, side by side, after building what that takes.
 
@@ -61,6 +62,8 @@ def run(
         on_build: called with the number of builds, before all problems.
         on_start: called with (problem, index, total) before each problem.
         on_row: called with each row.
+        on_report: called after each problem with the report so far, which a run that is stopped
+            leaves behind.
 
     Raises:
         UnknownName: a provider is unknown.
@@ -85,15 +88,18 @@ def run(
             if on_row:
                 on_row(row)
         _free(device)
-    now = datetime.datetime.now(datetime.timezone.utc)
-    return Report(
-        device=device,
-        policy=timer.policy.id,
-        date=now.isoformat(timespec="seconds").replace("+00:00", "Z"),
-        environment=environment(device),
-        settings={"rounds": rounds, "budget_ms": budget_ms, "seed": seed},
-        rows=tuple(rows),
-    )
+        now = datetime.datetime.now(datetime.timezone.utc)
+        report = Report(
+            device=device,
+            policy=timer.policy.id,
+            date=now.isoformat(timespec="seconds").replace("+00:00", "Z"),
+            environment=environment(device),
+            settings={"rounds": rounds, "budget_ms": budget_ms, "seed": seed},
+            rows=tuple(rows),
+        )
+        if on_report:
+            on_report(report)
+    return report
 
 
 def attention_options(inputs: Inputs) -> dict[str, Any]:

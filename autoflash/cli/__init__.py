@@ -355,7 +355,8 @@ def bench(
     seed: SeedOption = 0,
     jobs: JobsOption = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write the JSON there as well.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write the JSON there, after each problem."),
     ] = None,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
@@ -377,6 +378,7 @@ def bench(
         on_build=output.bench_builds,
         on_start=output.bench_started,
         on_row=output.bench_row,
+        on_report=partial(reports.bench_saved, out=out) if out else None,
     )
     reports.benched(report, out, as_json)
 

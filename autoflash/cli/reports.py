@@ -104,17 +104,23 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
+def bench_saved(report: Report, out: Path) -> None:
+    """The JSON of what `bench` has measured so far, in a file."""
+    part = out.with_name(f".{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(report.to_json(), encoding="utf-8")
+        part.replace(out)
+    except OSError as error:
+        say(report.to_json())  # what was measured is not to be lost
+        raise InvalidInput(
+            f"--out {out} cannot be written ({error}); the JSON is on stdout."
+        ) from None
+
+
 def benched(report: Report, out: Path | None, as_json: bool) -> None:
-    """The table of `bench`, or its JSON; and the JSON in a file."""
+    """The table of `bench`, or its JSON; and where it is."""
     if out is not None:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(report.to_json(), encoding="utf-8")
-        except OSError as error:
-            say(report.to_json())  # minutes of measuring are not to be lost
-            raise InvalidInput(
-                f"--out {out} cannot be written ({error}); the JSON is on stdout."
-            ) from None
         remark(f"written to {out}")
     if as_json:
         say(report.to_json().rstrip())

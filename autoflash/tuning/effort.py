@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from autoflash.device import Device
 from autoflash.errors import UnknownName
 
 
@@ -21,6 +22,9 @@ class Effort:
         rounds: interleaved rounds of the finals. Five are the fewest that can prove anything of
             one finalist, six of up to three, nine of up to 25.
         finals_ms: time spent on each finalist, at least.
+        turn_ms: on a GPU, time of each of its turns, at least. A board at its power limit lowers
+            its clocks within some 0.1 s, and then the kernel that takes less energy is the faster
+            one (docs/hopper-forward.md); a short turn shows what a cool board would do.
         compiles: for a device that is absent: most configs compiled, the promising ones first.
         compile_seconds: likewise, time for compiling. None is no limit.
         compile_timeout_s: after which one compilation is killed.
@@ -39,6 +43,11 @@ class Effort:
     compile_seconds: float | None
     compile_timeout_s: float = 120.0
     evaluate_timeout_s: float = 60.0
+    turn_ms: float = 0.0
+
+    def finalist_ms(self, device: Device) -> float:
+        """Time spent on each finalist, at least, on a device of that kind."""
+        return max(self.finals_ms, self.rounds * self.turn_ms if device.is_cuda else 0.0)
 
 
 # quick: 12 problems in less than two minutes on two cores with C++ compilations of 2-4 s.
@@ -49,9 +58,10 @@ EFFORTS = {
         Effort(name="quick", trials=24, seconds=8.0, timing_ms=30.0, finalists=2, rounds=6,
                finals_ms=60.0, compiles=24, compile_seconds=12.0),
         Effort(name="normal", trials=150, seconds=120.0, timing_ms=50.0, finalists=4, rounds=9,
-               finals_ms=150.0, compiles=400, compile_seconds=36.0),
+               finals_ms=150.0, turn_ms=200.0, compiles=400, compile_seconds=36.0),
         Effort(name="full", trials=2000, seconds=None, timing_ms=100.0, finalists=8, rounds=15,
-               finals_ms=400.0, compiles=100_000, compile_seconds=None, compile_timeout_s=300.0),
+               finals_ms=400.0, turn_ms=200.0, compiles=100_000, compile_seconds=None,
+               compile_timeout_s=300.0),
     )
 }  # fmt: skip
 

@@ -52,7 +52,8 @@ def estimate_s(run: Run, best_us: float | None) -> float:
     """How long the finals will take: two calls a turn, for the finalists, the default, PyTorch."""
     effort = run.effort
     entries = finalists_within(run, best_us) + 2
-    each_s = max(2 * (effort.rounds + 1) * (best_us or 0.0) / 1e6, effort.finals_ms / 1e3)
+    least_ms = effort.finalist_ms(run.device)
+    each_s = max(2 * (effort.rounds + 1) * (best_us or 0.0) / 1e6, least_ms / 1e3)
     return 1.2 * entries * each_s
 
 
@@ -186,7 +187,7 @@ def turns(
         "device": run.device.to_dict(),
         "seed": run.seed,
         "rounds": rounds,
-        "finals_ms": run.effort.finals_ms,
+        "finals_ms": run.effort.finalist_ms(run.device),
         "torch": torch,
     }
     alone_s = evaluate_timeout_s(run.effort, problem, run.device)

@@ -142,7 +142,8 @@ def plan(
             running = trials * _EVALUATE_S if present else 0.0
             # On a GPU the two overlap; on a CPU they take turns.
             estimate = max(compiling, running) if device.is_cuda else compiling + running
-            estimate += budget.finals_ms / 1e3 * (budget.finalists + 2) if present else 0.0
+            finals_s = budget.finalist_ms(device) / 1e3 * (budget.finalists + 2)
+            estimate += finals_s if present else 0.0
             estimate = min(estimate, seconds) if seconds is not None else estimate
             estimate += 0.0 if plans else _START_S
         plans.append(

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from autoflash import benchmark, settings
 from autoflash import device as devices
 from autoflash.benchmark import GRIDS, Report, Row, grid, run, table
 from autoflash.benchmark.runner import PROVIDERS
+from autoflash.cli.reports import bench_saved
 from autoflash.device import KNOWN_GPUS, Device
 from autoflash.errors import InvalidInput, UnknownName
 from autoflash.problem import Problem
@@ -264,6 +267,24 @@ def test_a_fallback_does_not_count_as_the_fused_kernel(
     assert slow.outcome == ("implausible" if fused else "ok")
     assert (slow.latency_us is None) == fused
     assert ("unfused fallback" in slow.reason) == fused
+
+
+def test_a_run_that_is_stopped_leaves_what_it_measured(cpu: Device, tmp_path: Path) -> None:
+    kept = tmp_path / "reports" / "bench.json"
+
+    def stop(problem: Problem, index: int, total: int) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+
+    other = dataclasses.replace(TINY, seqlen_q=48, seqlen_k=48)
+    with pytest.raises(KeyboardInterrupt):
+        run([TINY, other], cpu, ["naive"], rounds=1, budget_ms=2, on_start=stop,
+            on_report=partial(bench_saved, out=kept))  # fmt: skip
+    report = Report.from_dict(json.loads(kept.read_text()))
+    assert [row.problem for row in report.rows] == [TINY.name]
+    assert report.rows[0].outcome == "ok"
+    with pytest.raises(InvalidInput, match="cannot be written"):
+        bench_saved(report, tmp_path)
 
 
 def test_requests_without_sense_are_refused(cpu: Device) -> None:

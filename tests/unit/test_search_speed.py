@@ -47,7 +47,7 @@ def test_the_report_compares_with_both_sweeps(
         assert report["overall"][name]["share"] == found["share"]
     assert out.with_suffix(".png").stat().st_size > 10_000
     said = capsys.readouterr().out
-    assert "| b4s4096h16/16d128f-bfloat16 | 59 |" in said
+    assert "| b4s4096h16/16d128f-bfloat16 | 74 |" in said
 
 
 def test_mistakes_end_in_a_line(

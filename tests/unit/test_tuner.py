@@ -15,7 +15,7 @@ from autoflash import errors
 from autoflash.codegen.catalog import Catalog, installed
 from autoflash.config import Config
 from autoflash.database import Database
-from autoflash.device import KNOWN_GPUS
+from autoflash.device import KNOWN_GPUS, for_arch
 from autoflash.problem import Problem
 from autoflash.record import Record
 from autoflash.tuning import tuner
@@ -550,3 +550,13 @@ def test_templates_take_turns_with_their_seeds(database: Database) -> None:
     tried = [c.template for c in run.seeds(problem, [templates[name] for name in names])]
     assert tried[:7] == [*names, *names[1:], *names[1:]]  # defaults, then turns; sm80 gives way
     assert set(tried[-3:]) == {"cuda/fwd_sm80"}
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "each_ms"),
+    [("quick", "sm90", 60.0), ("normal", "sm90", 1800.0), ("normal", "cpu", 150.0)],
+)
+def test_finals_on_a_gpu_last_until_its_power_limit_shows(name, arch, each_ms):
+    effort = EFFORTS[name]
+    assert effort.finalist_ms(for_arch(arch)) == each_ms
+    assert arch == "cpu" or name == "quick" or each_ms / effort.rounds >= 100.0

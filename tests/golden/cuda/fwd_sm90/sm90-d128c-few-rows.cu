@@ -12,8 +12,8 @@ constexpr int kConsumers = 1, kThreads = 256, kBlocksPerSM = 2;
 constexpr int kBlockM = 64, kBlockN = 80, kStages = 2, kLandings = kStages, kCluster = 1;
 constexpr int kElementBytes = 2;
 constexpr auto kElementType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-constexpr int kSharedBytes = 115712;
-constexpr bool kPersistent = true, kDynamic = true;
+constexpr int kSharedBytes = 99328;
+constexpr bool kPersistent = false, kDynamic = false;
 
 // The width of a swizzled row of shared memory, in elements: also that of a TMA box.
 constexpr int chunk_of(int columns) { return columns % 64 == 0 ? 64 : columns % 32 == 0 ? 32 : 16; }
@@ -26,6 +26,18 @@ struct Arguments {
   int tiles_m, tiles, heads_per_section, num_head_batches;
   unsigned* counter;  // tiles drawn so far; null: each block takes every gridDim.x-th
   float softmax_scale, softcap;
+  float* workspace;
+  int parts;  // of the keys
+};
+
+// In the workspace, for every part and row: O before it is divided, relative to 2^top, and top and total as they are in
+// the softmax. A row is (batch, head, position) as in lse. Where total is 0, nothing was seen and O is not there.
+struct Partial {
+  float *out, *top, *total;
+
+  __host__ __device__ Partial(float* workspace, int parts, int64_t rows)
+      : out(workspace), top(workspace + parts * rows * kHeadDimV), total(top + parts * rows) {}
+  static int64_t bytes(int parts, int64_t rows) { return parts * rows * (kHeadDimV + 2) * int64_t(sizeof(float)); }
 };
 
 // Device code. The compiler's pass over the host's code needs none of it, which saves a third of its time. (It
@@ -42,7 +54,7 @@ using namespace cute;
 using Element = bfloat16_t;
 constexpr bool kCausal = true, kLocal = false, kSoftcap = false;
 constexpr bool kOverlap = true, kPingpong = false, kTurnEndsDone = false, kPInRegisters = true;
-constexpr bool kHeadsShareL2 = true;
+constexpr bool kHeadsShareL2 = false;
 constexpr int kConsumerRegisters = 224, kProducerRegisters = 32;
 
 constexpr float kLog2e = 1.4426950408889634f;
@@ -69,7 +81,7 @@ using LayoutK = decltype(tile_to_shape(KMajorAtom<kColumnsQK>{}, Shape<Int<kBloc
 // V as PV reads it, (head_dim_v, keys): the same bytes as rows of keys, transposed.
 using LayoutVt = decltype(tile_to_shape(MNMajorAtom<kColumnsV>{}, Shape<Int<kColumnsV>, Int<kBlockN>, Int<kStages>>{},
                                         Step<_2, _1, _3>{}));
-constexpr bool kOReplacesQ = false;
+constexpr bool kOReplacesQ = true;
 
 struct alignas(1024) Shared {
   alignas(1024) Element k[kStages * kBlockN * kColumnsQK];
@@ -132,6 +144,7 @@ struct Place {
 
 // Tiles in order: with a mask the longest first, and all heads whose keys fit L2 together side by side.
 CUTE_DEVICE Place tile_at(Arguments const& args, int index) {
+  index /= args.parts;  // blocks next to each other take parts of the same keys
 
   int m, head_batch;
   if constexpr (kHeadsShareL2) {
@@ -171,6 +184,9 @@ CUTE_DEVICE Keys keys_of(Arguments const& args, int m) {
     keys.begin = max(first_row - args.window_left, 0) / kBlockN;
     keys.left = (max(last_row - args.window_left, 0) + kBlockN - 1) / kBlockN;
   }
+  const int part = blockIdx.x % args.parts, share = (max(keys.end - keys.begin, 0) + args.parts - 1) / args.parts;
+  keys.end -= part * share;
+  keys.begin = max(keys.begin, keys.end - share);
 
   return keys;
 }
@@ -645,7 +661,7 @@ CUTE_DEVICE void consume(Arguments const& args, Shared& shared, int warpgroup) {
       if constexpr (kCausal || kLocal) {
         for (; n >= max(keys.right, keys.begin); --n) step(n, true_type{});
       }
-      for (; n >= (kLocal ? max(keys.left, keys.begin) : 0); --n) step(n, false_type{});
+      for (; n >= (kLocal ? max(keys.left, keys.begin) : keys.begin); --n) step(n, false_type{});
       if constexpr (kLocal) {
         for (; n >= keys.begin; --n) step(n, true_type{});
       }
@@ -658,54 +674,30 @@ CUTE_DEVICE void consume(Arguments const& args, Shared& shared, int warpgroup) {
       release_q();
     }
 
-
-    // Rows that saw nothing: sum 0, out 0, lse -inf.
-    auto rows = by_rows(out);
+    const Partial partial(args.workspace, args.parts, int64_t(args.num_head_batches) * args.seqlen_q);
+    const int64_t first = (int64_t(blockIdx.x % args.parts) * args.num_head_batches + tile.batch * args.num_heads + tile.head) * args.seqlen_q;
+    auto sums = by_rows(out);
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) {
       float sum = keys.end > keys.begin ? state.sum[r] : 0.0f;
       sum += __shfl_xor_sync(0xffffffff, sum, 1);
       sum += __shfl_xor_sync(0xffffffff, sum, 2);
-      const float inverse = sum > 0.0f ? __fdividef(1.0f, sum) : 0.0f;
-      CUTE_UNROLL
-      for (int j = 0; j < size<1>(rows); ++j) rows(r, j) *= inverse;
       const int row = first_row + 8 * r;
-      if (args.lse != nullptr && lane % 4 == 0 && row < args.seqlen_q) {
-        const float largest = kSoftcap ? state.largest[r] * args.softcap : state.largest[r] * args.softmax_scale;
-        args.lse[(int64_t(tile.batch) * args.num_heads + tile.head) * args.seqlen_q + row] =
-            sum > 0.0f ? largest + __logf(sum) : -INFINITY;
+      if (row >= args.seqlen_q) continue;
+      if (lane % 4 == 0) {
+        partial.top[first + row] = state.largest[r] * scale_log2;
+        partial.total[first + row] = sum;
       }
-    }
-    // O by way of shared memory, each warpgroup on its own; TMA leaves out rows that do not exist.
-    Tensor low = make_tensor_like<Element>(out);
-    CUTE_UNROLL
-    for (int i = 0; i < size(out); ++i) low(i) = Element(out(i));
-    auto store_o = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, mma_pv);
-    auto slice_o = store_o.get_slice(warpgroup * 128 + thread);
-    if constexpr (kPersistent && !kOReplacesQ) {
-      if (thread == 0) tma_store_wait<0>();  // of the tile before
-      sync_warpgroup(warpgroup);
-    }
-    copy(store_o, slice_o.retile_S(low), slice_o.partition_D(o_shared));
-    cutlass::arch::fence_view_async_shared();
-    sync_warpgroup(warpgroup);
-    if (thread == 0) {
-      if (warpgroup_row < args.seqlen_q) {
-        CUTE_UNROLL
-        for (int c = 0; c < kColumnsV; c += kChunkV) {
-          SM90_TMA_STORE_4D::copy(&args.out, o_bytes + c * kBlockM + warpgroup * 64 * kChunkV, c,
-                                  warpgroup_row, tile.head, tile.batch);
+      if (sum == 0.0f) continue;
+      CUTE_UNROLL
+      for (int j = 0; j < size<1>(sums); j += 2) {
+        const int column = j / 2 * 8 + lane % 4 * 2;
+        if (column < kHeadDimV) {
+          *reinterpret_cast<float2*>(partial.out + (first + row) * kHeadDimV + column) = {sums(r, j), sums(r, j + 1)};
         }
       }
-      tma_store_arrive();
-      if constexpr (kOReplacesQ) {
-        tma_store_wait<0>();
-        Barrier::arrive(&shared.q_empty[warpgroup]);
-      }
     }
-    if constexpr (!kPersistent) break;
-    if constexpr (kOReplacesQ) sync_warpgroup(warpgroup);
-    turn.advance(kDynamic ? drawn(shared, turn) : turn.index + gridDim.x);
+    break;
 
   }
   if (thread == 0) tma_store_wait<0>();
@@ -757,6 +749,80 @@ __global__ void __launch_bounds__(kThreads, kConsumers == 1 ? 2 : 1) fwd_kernel(
 }
 
 // Launcher -----------------------------------------------------------------------------------------
+
+
+constexpr int kMostParts = 32;  // a lane for each
+
+struct Combination {
+  float* workspace;
+  void* out;
+  float* lse;
+  int64_t out_stride_batch, out_stride_seq, out_stride_head;
+  int parts, rows, seqlen_q, num_heads;
+};
+
+// A warp for each row; parts in their order, so that sums are the same every time.
+__global__ void __launch_bounds__(128) combine_kernel(Combination args) {
+#ifdef __CUDA_ARCH__
+  const int lane = threadIdx.x % 32, row = blockIdx.x * 4 + threadIdx.x / 32;
+  if (row >= args.rows) return;
+  const Partial partial(args.workspace, args.parts, args.rows);
+  const bool mine = lane < args.parts;
+  const float total = mine ? partial.total[int64_t(lane) * args.rows + row] : 0.0f;
+  float largest = total != 0.0f ? partial.top[int64_t(lane) * args.rows + row] : -INFINITY;
+  const float top = largest;
+  for (int mask = 16; mask > 0; mask /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, mask));
+  const float weight = total != 0.0f ? exp2_fast(top - largest) : 0.0f;
+  float sum = weight * total;
+  for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffff, sum, mask);
+  const float inverse = sum > 0.0f ? __fdividef(1.0f, sum) : 0.0f;
+
+  const int position = row % args.seqlen_q, head = row / args.seqlen_q % args.num_heads, batch = row / args.seqlen_q / args.num_heads;
+  Element* const to = static_cast<Element*>(args.out) + batch * args.out_stride_batch + position * args.out_stride_seq +
+                      head * args.out_stride_head;
+  for (int c = lane * 4; c - lane * 4 < kHeadDimV; c += 128) {
+    float4 out{0.0f, 0.0f, 0.0f, 0.0f};
+    for (int part = 0; part < args.parts; ++part) {
+      const float w = __shfl_sync(0xffffffff, weight, part);
+      if (w == 0.0f || c >= kHeadDimV) continue;
+      const float4 in = *reinterpret_cast<float4 const*>(partial.out + (int64_t(part) * args.rows + row) * kHeadDimV + c);
+      out.x += w * in.x;
+      out.y += w * in.y;
+      out.z += w * in.z;
+      out.w += w * in.w;
+    }
+    if (c >= kHeadDimV) continue;
+    alignas(8) Element low[4] = {Element(out.x * inverse), Element(out.y * inverse), Element(out.z * inverse), Element(out.w * inverse)};
+    *reinterpret_cast<uint2*>(to + c) = *reinterpret_cast<uint2*>(low);
+  }
+  if (lane == 0 && args.lse != nullptr) {
+    args.lse[row] = sum > 0.0f ? (largest + __log2f(sum)) * 0.6931471805599453f : -INFINITY;
+  }
+#endif
+}
+
+// Into how many parts the keys are best divided. In units of the time that a block takes for a tile of keys: rounds of
+// blocks, each with some two tiles to begin and end, and what is written and read again to combine the parts, which
+// takes two tiles to launch.
+static int parts_of(int sms, int batch, int seqlen_q, int seqlen_k, int num_heads) {
+  constexpr double kOperationsPerSecond = 4.9e12, kBytesPerSecond = 3e12;  // a multiprocessor's and the memory's, on an H200
+  constexpr double kTile = 2.0 * kBlockM * kBlockN * (kHeadDim + kHeadDimV) / kOperationsPerSecond;
+  const int64_t rows = int64_t(batch) * num_heads * seqlen_q;
+  const int64_t tiles = (seqlen_q + kBlockM - 1) / kBlockM * int64_t(batch) * num_heads;
+  const int steps = (seqlen_k + kBlockN - 1) / kBlockN, slots = sms * kBlocksPerSM;
+  int best = 1;
+  double least = 0.0;
+  for (int parts = 1; parts <= kMostParts && parts <= (steps > 1 ? steps : 1); ++parts) {
+    const int64_t rounds = (tiles * parts + slots - 1) / slots;
+    double cost = double(rounds) * ((steps + parts - 1) / parts + 2);
+    if (parts > 1) cost += 2.0 + 2.0 * double(Partial::bytes(parts, rows)) / kBytesPerSecond / kTile;
+    if (parts == 1 || cost < least) {
+      least = cost;
+      best = parts;
+    }
+  }
+  return best;
+}
 
 
 using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, cuuint64_t const*, cuuint64_t const*,
@@ -858,6 +924,8 @@ static int multiprocessors(cudaError_t& error) {
     if (error == cudaSuccess) {
       error = cudaFuncSetAttribute(fwd_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     }
+    cudaFuncAttributes loaded;  // to have it loaded before a graph is captured
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&loaded, combine_kernel);
 
     if (error != cudaSuccess) return 0;
     counts[device] = count;
@@ -870,7 +938,7 @@ static int start(Arguments& args, int sms, int batch, int num_kv_heads, cudaStre
   // In a cluster a last tile may lie beyond the rows: it loads its share and stores nothing.
   args.tiles_m = (args.seqlen_q + kBlockM * kCluster - 1) / (kBlockM * kCluster) * kCluster;
   args.num_head_batches = args.num_heads * batch;
-  args.tiles = args.tiles_m * args.num_head_batches;
+  args.tiles = args.tiles_m * args.num_head_batches * args.parts;
 
   constexpr int64_t kL2Share = 32 << 20;  // of 50 MB on Hopper: the rest is for Q, O and what is in flight
   const int64_t bytes_per_head = int64_t(args.seqlen_k) * (kHeadDim + kHeadDimV) * kElementBytes;
@@ -897,6 +965,13 @@ static int start(Arguments& args, int sms, int batch, int num_kv_heads, cudaStre
   return int(cudaLaunchKernelEx(&config, fwd_kernel, args));
 }
 
+extern "C" int64_t workspace_bytes(int32_t batch, int32_t seqlen_q, int32_t seqlen_k, int32_t num_heads, int32_t num_kv_heads, int32_t window_left, int32_t window_right, int64_t q_stride_batch, int64_t q_stride_seq, int64_t q_stride_head, int64_t k_stride_batch, int64_t k_stride_seq, int64_t k_stride_head, int64_t v_stride_batch, int64_t v_stride_seq, int64_t v_stride_head, int64_t out_stride_batch, int64_t out_stride_seq, int64_t out_stride_head, float softcap) {
+  cudaError_t error = cudaSuccess;
+  const int sms = multiprocessors(error);
+  if (sms == 0) return 0;  // which `launch` then reports
+  return Partial::bytes(parts_of(sms, batch, seqlen_q, seqlen_k, num_heads), int64_t(batch) * num_heads * seqlen_q);
+}
+
 extern "C" int launch(const void* q, const void* k, const void* v, void* out, float* lse, void* workspace, int32_t batch, int32_t seqlen_q, int32_t seqlen_k, int32_t num_heads, int32_t num_kv_heads, int32_t window_left, int32_t window_right, int64_t q_stride_batch, int64_t q_stride_seq, int64_t q_stride_head, int64_t k_stride_batch, int64_t k_stride_seq, int64_t k_stride_head, int64_t v_stride_batch, int64_t v_stride_seq, int64_t v_stride_head, int64_t out_stride_batch, int64_t out_stride_seq, int64_t out_stride_head, float softcap, float softmax_scale, void* stream) {
 
   cudaError_t error = cudaSuccess;
@@ -920,5 +995,12 @@ extern "C" int launch(const void* q, const void* k, const void* v, void* out, fl
   args.window_right = window_right;
   args.softmax_scale = softmax_scale;
   args.softcap = softcap;
-  return start(args, sms, batch, num_kv_heads, static_cast<cudaStream_t>(stream));
+  args.workspace = static_cast<float*>(workspace);
+  args.parts = parts_of(sms, batch, seqlen_q, seqlen_k, num_heads);
+  const int failed = start(args, sms, batch, num_kv_heads, static_cast<cudaStream_t>(stream));
+  if (failed != 0) return failed;
+  const int rows = batch * num_heads * seqlen_q;
+  combine_kernel<<<(rows + 3) / 4, 128, 0, static_cast<cudaStream_t>(stream)>>>(
+      {args.workspace, out, lse, out_stride_batch, out_stride_seq, out_stride_head, args.parts, rows, seqlen_q, num_heads});
+  return int(cudaGetLastError());
 }
