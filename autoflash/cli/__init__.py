@@ -420,6 +420,8 @@ def export(
             templates=target.templates,
             device_key=device_key(device, db),
             arch=arch,
+            stand_ins=target.stand_ins,
+            trials=target.trials,
             choose=selection.matching,
             chosen_tables=selection.concerning,
         )

@@ -17,8 +17,9 @@ def header(selection: Selection) -> dict[str, Any]:
 
     Values that differ among records, such as the driver's version, are lists.
     """
-    records = [entry.record for entry in selection.entries]
-    templates = {entry.template.name: entry.template for entry in selection.entries}
+    every = (*selection.entries, *selection.trials)
+    records = [entry.record for entry in every]
+    templates = {entry.template.name: entry.template for entry in every}
     return {
         "schema_version": SCHEMA_VERSION,
         "autoflash": autoflash.__version__,
@@ -45,6 +46,7 @@ def entry_dict(entry: Entry) -> dict[str, Any]:
         "name": record.problem.name,
         "template": record.config.template,
         "config": dict(record.config),
+        "won": entry.won,
         "outcome": record.outcome,
         "source_digest": entry.source.digest,
         "latency_us": _short(record.latency_us),

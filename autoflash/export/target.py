@@ -42,6 +42,9 @@ class Target:
         name: on the command line.
         summary: one line: what it is and who loads it.
         templates: glob of the names of templates whose winners it takes.
+        stand_ins: whether the fastest trial of its templates will do where none of them won: what
+            it writes is for a kernel of that kind, and is of use however fast others are.
+        trials: whether it writes trials, not winners only.
         files: what it writes: path below the folder, with forward slashes -> content. The same
             selection and options give the same bytes.
     """
@@ -49,6 +52,8 @@ class Target:
     name: str
     summary: str
     templates: str
+    stand_ins: bool = False
+    trials: bool = False
     files: Callable[[Selection, Options], Mapping[str, str | bytes]]
 
 
