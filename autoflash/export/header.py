@@ -80,6 +80,18 @@ def comment(selection: Selection, prefix: str) -> str:
     return "".join(f"{prefix} {line}\n" for line in lines)
 
 
+def evidence(entry: Entry) -> str:
+    """What speaks for a config, in a line of a comment."""
+    facts = entry_dict(entry)
+    kind = "winner" if entry.won else "fastest trial of these templates"
+    kind = "predicted" if facts["outcome"] == "predicted" else kind
+    beside = f", the default {facts['default_us']} us" if facts["default_us"] else ""
+    return (
+        f"{kind}, {facts['latency_us']} us{beside}; {entry.template.name}, source "
+        + (entry.source.digest[:16])
+    )
+
+
 def _short(value: float | None) -> float | None:
     """Five digits: times repeat to three at best, and longer ones only make diffs."""
     return None if value is None else float(f"{value:.5g}")

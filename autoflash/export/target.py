@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from autoflash.errors import UnknownName
+from autoflash.errors import InvalidInput, UnknownName
 from autoflash.export.selection import Selection
 
 TARGETS: Mapping[str, str] = {
@@ -32,6 +33,22 @@ class Options:
 
     name: str | None = None
     binaries: bool = True
+
+    def named(self, default: str, pattern: str = r"[A-Za-z_]\w*") -> str:
+        """The name that was asked for, or `default`.
+
+        Args:
+            default: taken as it is.
+            pattern: of names that will do; a name in Python and C++.
+
+        Raises:
+            InvalidInput: the name asked for is none of these.
+        """
+        if self.name is None or re.fullmatch(pattern, self.name, re.ASCII):
+            return self.name or default
+        raise InvalidInput(
+            f"--name {self.name!r} will not do here: it must be like {pattern}, such as {default}."
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
