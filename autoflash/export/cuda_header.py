@@ -89,10 +89,9 @@ def _kernel(entries: Sequence[Entry]) -> str:
         "};",
         "",
         "// seqlen: rows of q. local: a sliding window. element_size: bytes of q, k and v.",
-        "AUTOFLASH_HOST_DEVICE constexpr Tile tile(int head_dim, int head_dim_v, bool causal, "
-        "bool local,",
-        "                                          int element_size, int seqlen, "
-        "bool softcapped = false) {",
+        "AUTOFLASH_HOST_DEVICE constexpr Tile tile(",
+        "    int head_dim, int head_dim_v, bool causal, bool local, int element_size,",
+        "    [[maybe_unused]] int seqlen, bool softcapped = false) {",
     ]
     families: dict[Family, list[Entry]] = {}
     for entry in entries:
