@@ -12,8 +12,8 @@ def exported(bundle: Bundle, selection: Selection, as_json: bool) -> None:
         remark(f"{count} left out: {reason}; tune again to have them exported")
     if others := sum(not entry.won for entry in selection.entries):
         remark(
-            f"{others} of {len(selection.entries)} problems are won by other kernels; the fastest "
-            "trial of this target's stands in, timed once and never beside its rivals"
+            f"for {others} of {len(selection.entries)} problems no kernel of this target holds the "
+            "title; the fastest trial of one stands in, never timed beside its rivals"
         )
     if as_json:
         write_json(

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from autoflash.errors import InvalidInput
+from autoflash.export.bundle import MANIFEST
 from autoflash.export.header import comment, entry_dict, header
 from autoflash.export.selection import Selection
 from autoflash.export.target import Options, Target
@@ -79,6 +81,8 @@ def _rows(selection: Selection) -> Iterator[dict[str, Any]]:
 
 def _files(selection: Selection, options: Options) -> Mapping[str, str]:
     stem = options.named(selection.device.slug, r"[\w.-]+")
+    if f"{stem}.json" in (MANIFEST, SCHEMA):
+        raise InvalidInput(f"--name {stem}: another file of the export has it. Choose another.")
     return {
         f"{stem}.json": json.dumps(document(selection), indent=1) + "\n",
         f"{stem}.csv": table(selection),

@@ -14,7 +14,9 @@ from autoflash.errors import InvalidInput
 from autoflash.record import Record
 from autoflash.tuning.table import read
 
-pytest.importorskip("kernel_tuner", reason="kernel_tuner is not installed (pip install '.[dev]')")
+pytest.importorskip(
+    "kernel_tuner", reason="kernel_tuner is not installed (pip install '.[consumers]')"
+)
 
 # Our kernels say in their source how large a thread block is.
 pytestmark = pytest.mark.filterwarnings("ignore:None of the tunable parameters specify thread")
