@@ -394,7 +394,8 @@ def export(
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")],
     name: Annotated[
-        str | None, typer.Option("--name", metavar="NAME", help="Of the package that is made.")
+        str | None,
+        typer.Option("--name", metavar="NAME", help="Of the package, module or namespace made."),
     ] = None,
     binaries: Annotated[
         bool,

@@ -173,7 +173,7 @@ def _metadata(selection: Selection, facts: Mapping[str, Any]) -> dict[str, Any]:
                 "operating_system": str(versions.get("os", "")),
             },
             "environment": {
-                "device_query": {"driver": versions.get("driver"), "cuda": versions.get("cuda")},
+                "device_query": {n: versions[n] for n in ("driver", "cuda") if n in versions},
                 "requirements": [f"{n}=={versions[n]}" for n in libraries if n in versions],
             },
             "autoflash": facts,

@@ -220,6 +220,12 @@ def test_a_target_is_what_it_is_listed_as(name: str) -> None:
     assert found.summary.endswith(".")
 
 
+@pytest.mark.parametrize("name", export.TARGETS)
+def test_a_target_is_in_the_index_of_the_documentation(name: str) -> None:
+    index = Path(__file__).parents[2] / "docs" / "exports" / "README.md"
+    assert f"[`{name}`]({name}.md)" in index.read_text(encoding="utf-8")
+
+
 def test_a_target_that_is_none_is_named_with_the_nearest() -> None:
     with pytest.raises(UnknownName, match="kernel-tuner"):
         export.target("kerneltuner")
