@@ -87,8 +87,6 @@ def seed(
     """
     if not all(hasattr(autotuner, name) for name in ("cache", "keys", "arg_names", "configs")):
         raise TypeError(f"{autotuner!r} is no function with @triton.autotune.")
-    if len(autotuner.configs) < 2:
-        raise ValueError("an autotuner of one config looks nothing up; give it configs().")
     wanted = {name: shape for name, shape in SHAPES.items() if where(shape)}
     seeds = {}
     for name, shape in wanted.items():
@@ -101,6 +99,9 @@ def seed(
                 "to None what it has no counterpart of."
             )
         seeds[(*values, *(f"torch.{kind or shape['dtype']}" for kind in kinds))] = config
+    others = {str(config) for config in seeds.values()} - {str(c) for c in autotuner.configs}
+    if others and len(autotuner.configs) == 1:
+        raise ValueError("an autotuner of one config looks nothing up; give it configs().")
     if not _serves_here():
         return {}
     new = {place: config for place, config in seeds.items() if place not in autotuner.cache}

@@ -106,6 +106,10 @@ said["complaints"] = [
     complaint(attend, KEY, tensors=4, rename={**NAMES, "block_m": "TILE_M"}),
     complaint(attend, KEY, tensors=4, rename={"blockm": "BLOCK_M"}),
 ]
+same = {**causal, "where": lambda shape: (shape["seqlen_q"], shape["causal"]) == (160, True)}
+single = triton.autotune(configs=[config for config in configs(NAMES)
+                                  if config.kwargs["BLOCK_M"] == 64], key=["N_CTX"])(attend.fn)
+said["single"] = len(seed(single, KEY, **same))
 said["kinds"] = [
     list(place) for place in seed(attend, {"N_CTX": lambda shape: 7, "HEAD_DIM": "head_dim_v"},
                                   tensors=[None, "float16"], rename=NAMES)]
@@ -146,6 +150,7 @@ def test_seeded_shapes_are_served_without_benchmarking(said: dict[str, Any]) -> 
     kinds = ["torch.float32"] * 4
     assert said["seeded"] == [[160, 32, *kinds], [96, 32, *kinds]]
     assert said["again"] == 0
+    assert said["single"] == 1  # an autotuner of this very config, which it uses unasked
     # block_m, block_n, num_warps, num_stages; of 96 rows that which takes longest counts
     assert said["used"] == {"96": [32, 32, 4, 2], "160": [64, 16, 4, 2]}
     assert said["unseeded"] == "benchmarked"
