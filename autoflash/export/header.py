@@ -86,10 +86,8 @@ def evidence(entry: Entry) -> str:
     kind = "winner" if entry.won else "fastest trial of these templates"
     kind = "predicted" if facts["outcome"] == "predicted" else kind
     beside = f", the default {facts['default_us']} us" if facts["default_us"] else ""
-    return (
-        f"{kind}, {facts['latency_us']} us{beside}; {entry.template.name}, source "
-        + (entry.source.digest[:16])
-    )
+    kernel = f"{entry.template.name}, source {entry.source.digest[:16]}"
+    return f"{kind}, {facts['latency_us']} us{beside}; {kernel}"
 
 
 def _short(value: float | None) -> float | None:

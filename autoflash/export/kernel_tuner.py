@@ -65,7 +65,9 @@ def _searches(selection: Selection) -> dict[tuple[str, str], list[Entry]]:
     """(template, problem) -> its trials; of several policies the newest, times being comparable."""
     found: dict[tuple[str, str], list[Entry]] = {}
     for trial in selection.trials:
-        if trial.record.outcome in INVALIDITY:
+        # A tunable may have come or gone without a change of what the others render to.
+        complete = set(trial.config) == set(trial.template.tunables)
+        if complete and trial.record.outcome in INVALIDITY:
             found.setdefault((trial.template.name, trial.problem.name), []).append(trial)
     for place, trials in found.items():
         policy = max(trials, key=lambda trial: trial.record.created).record.policy

@@ -195,8 +195,9 @@ def _only_device(
         devices = sorted({r.device.slug for r in db.bests()})
         raise InvalidInput(
             f"of the {len(best)} best records none is of a template like {templates!r} and among "
-            f"what was asked for. `autoflash show` lists them (devices: "
-            f"{', '.join(devices) or 'none'}), and `autoflash tune` makes them."
+            f"what was asked for, nor is a trial that could stand in. `autoflash show` lists them "
+            f"(devices: {', '.join(devices) or 'none'}), and `autoflash tune --templates "
+            f"{templates!r}` makes some."
         )
     named = ", ".join(sorted({device.slug for device in keys.values()}))
     raise InvalidInput(

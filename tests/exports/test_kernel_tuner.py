@@ -132,13 +132,14 @@ def test_its_schemas_accept_the_results(out: Path) -> None:
         jsonschema.validate(data, output_file_schema("results")[1])
 
 
-def test_the_newest_trial_of_a_config_counts_and_other_policies_stay_apart(tmp_path: Path) -> None:
+def test_the_newest_trial_of_a_config_counts_and_what_is_unlike_stays_out(tmp_path: Path) -> None:
     trials = [
         tried("triton/fwd", us=300.0, second=0, policy="old"),
         tried("triton/fwd", us=200.0, second=1),
         tried("triton/fwd", us=210.0, second=2),
         tried("cuda/fwd_sm80", us=150.0, second=3),
         tried("cuda/fwd_sm80", us=140.0, outcome="predicted", second=4, problem="b1s64h8d64c"),
+        tried("triton/fwd", us=100.0, second=5, tunables={"gone": 1}),
     ]
     out = written(tmp_path, "kernel-tuner", selection("kernel-tuner", *trials))
 
