@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OLDEST_TRITON := 3.6.0
 NEWEST_TRITON := 3.9.0
-# What developers install beside the package: `nvcc` too where the machine has no CUDA toolkit.
-EXTRAS := dev,cuda$(if $(shell command -v nvcc 2>/dev/null),,$(COMMA)nvcc)
+# What developers install beside the package, with what loads its exports: `nvcc` too where the machine has no CUDA toolkit.
+EXTRAS := dev,consumers,cuda$(if $(shell command -v nvcc 2>/dev/null),,$(COMMA)nvcc)
 
 .PHONY: tune test gpu browser newest-triton lint types imports format golden bench clean
 
@@ -28,7 +28,7 @@ browser: $(VENV)/developed  ## Debian's where this user may install it, else Pla
 	  || $(BIN)/playwright install --only-shell chromium
 
 newest-triton: $(VENV)/developed $(VENV)/triton-$(NEWEST_TRITON)
-	PYTHONPATH=$(VENV)/triton-$(NEWEST_TRITON) $(BIN)/pytest tests/compile -k "not cuda" $(ARGS)
+	PYTHONPATH=$(VENV)/triton-$(NEWEST_TRITON) $(BIN)/pytest tests/compile tests/exports/test_triton_configs.py -k "not cuda" $(ARGS)
 
 lint: $(VENV)/developed
 	$(BIN)/ruff check .

@@ -396,7 +396,8 @@ def export(
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")],
     name: Annotated[
-        str | None, typer.Option("--name", metavar="NAME", help="Of the package that is made.")
+        str | None,
+        typer.Option("--name", metavar="NAME", help="Of the package, module or namespace made."),
     ] = None,
     binaries: Annotated[
         bool,
@@ -422,6 +423,8 @@ def export(
             templates=target.templates,
             device_key=device_key(device, db),
             arch=arch,
+            stand_ins=target.stand_ins,
+            trials=target.trials,
             choose=selection.matching,
             chosen_tables=selection.concerning,
         )

@@ -10,6 +10,11 @@ def exported(bundle: Bundle, selection: Selection, as_json: bool) -> None:
     """The end of `export`: what was written, for which device, and what was left out."""
     for reason, count in selection.left_out.items():
         remark(f"{count} left out: {reason}; tune again to have them exported")
+    if others := sum(not entry.won for entry in selection.entries):
+        remark(
+            f"for {others} of {len(selection.entries)} problems no kernel of this target holds the "
+            "title; the fastest trial of one stands in, never timed beside its rivals"
+        )
     if as_json:
         write_json(
             {

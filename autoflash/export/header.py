@@ -17,8 +17,9 @@ def header(selection: Selection) -> dict[str, Any]:
 
     Values that differ among records, such as the driver's version, are lists.
     """
-    records = [entry.record for entry in selection.entries]
-    templates = {entry.template.name: entry.template for entry in selection.entries}
+    every = (*selection.entries, *selection.trials)
+    records = [entry.record for entry in every]
+    templates = {entry.template.name: entry.template for entry in every}
     return {
         "schema_version": SCHEMA_VERSION,
         "autoflash": autoflash.__version__,
@@ -45,6 +46,7 @@ def entry_dict(entry: Entry) -> dict[str, Any]:
         "name": record.problem.name,
         "template": record.config.template,
         "config": dict(record.config),
+        "won": entry.won,
         "outcome": record.outcome,
         "source_digest": entry.source.digest,
         "latency_us": _short(record.latency_us),
@@ -76,6 +78,16 @@ def comment(selection: Selection, prefix: str) -> str:
         ),
     ]
     return "".join(f"{prefix} {line}\n" for line in lines)
+
+
+def evidence(entry: Entry) -> str:
+    """What speaks for a config, in a line of a comment."""
+    facts = entry_dict(entry)
+    kind = "winner" if entry.won else "fastest trial of these templates"
+    kind = "predicted" if facts["outcome"] == "predicted" else kind
+    beside = f", the default {facts['default_us']} us" if facts["default_us"] else ""
+    kernel = f"{entry.template.name}, source {entry.source.digest[:16]}"
+    return f"{kind}, {facts['latency_us']} us{beside}; {kernel}"
 
 
 def _short(value: float | None) -> float | None:

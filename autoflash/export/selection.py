@@ -24,15 +24,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """One winner: what was learned, the template that it is of, and what that renders.
+    """What was learned, the template that it is of, and what that renders.
 
     Attributes:
         record: measured on the selection's device, or predicted for it.
         template: as installed; its digest is the record's.
+        won: whether it is the winner of its problem. Else it is a trial: timed in the search, and
+            never beside its rivals.
     """
 
     record: Record
     template: Template
+    won: bool = True
 
     @property
     def problem(self) -> Problem:
@@ -56,20 +59,23 @@ class Selection:
 
     Attributes:
         device: where all of it was measured, or what it was predicted for.
-        entries: by problem name; at least one.
+        entries: by problem name, one for each; at least one.
         tables: dispatch tables of which every template stands as it was measured.
+        trials: for targets that need them: all trials of the entries' device by templates that
+            stand as they were measured, in the order in which they were stored.
         left_out: why winners of this device are not among the entries -> how many.
     """
 
     device: Device
     entries: tuple[Entry, ...]
     tables: tuple[DispatchTable, ...] = ()
+    trials: tuple[Entry, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def created(self) -> str:
         """When the newest of it was learned (UTC, ISO 8601): not when it is exported."""
-        made = [entry.record.created for entry in self.entries]
+        made = [entry.record.created for entry in (*self.entries, *self.trials)]
         return max([*made, *(table.created for table in self.tables)])
 
 
@@ -80,6 +86,8 @@ def select(
     templates: str,
     device_key: str | None = None,
     arch: str | None = None,
+    stand_ins: bool = False,
+    trials: bool = False,
     choose: Callable[[Sequence[Record]], Iterable[Record]] = tuple,
     chosen_tables: Callable[[Sequence[DispatchTable]], Iterable[DispatchTable]] = tuple,
 ) -> Selection:
@@ -91,47 +99,108 @@ def select(
         templates: glob of the names of templates that the target is for.
         device_key: Device.key; with arch None, the only device that has winners is meant.
         arch: devices of this arch only.
+        stand_ins: where no such winner holds, because another kind of kernel is faster or its
+            template has changed, the fastest trial of these templates takes its place.
+        trials: whether the selection holds the trials of its device, too.
         choose: keeps the records that were asked for.
         chosen_tables: likewise for dispatch tables.
 
     Raises:
         InvalidInput: nothing is left, or winners are of several devices and none was named.
     """
-    best = [r for r in db.bests(arch=arch, device_key=device_key)]
-    wanted = [r for r in choose(best) if fnmatch.fnmatchcase(r.config.template, templates)]
-    if not wanted:
-        devices = sorted({r.device.slug for r in db.bests()})
-        raise InvalidInput(
-            f"of the {len(best)} best records none is of a template like {templates!r} and among "
-            f"what was asked for. `autoflash show` lists them (devices: "
-            f"{', '.join(devices) or 'none'}), and `autoflash tune` makes them."
-        )
-    keys = {record.device.key: record.device for record in wanted}
-    if len(keys) > 1:
-        named = ", ".join(sorted({device.slug for device in keys.values()}))
-        raise InvalidInput(
-            f"an export is for one device, and there are winners of {len(keys)}: {named}. "
-            "Choose with --device NAME."
-        )
-    (device,) = keys.values()
-    left_out: Counter[str] = Counter()
-    entries = []
-    for record in sorted(wanted, key=lambda record: record.problem.name):
-        template = catalog.templates.get(record.config.template)
-        if template is None or template.digest != record.template_digest:
-            left_out[f"{record.config.template} has changed since it was tuned"] += 1
-        else:
-            entries.append(Entry(record, template))
-    if not entries:
+    current = {
+        name: template.digest
+        for name, template in catalog.templates.items()
+        if fnmatch.fnmatchcase(name, templates)
+    }
+
+    def entry(record: Record, won: bool) -> Entry:
+        return Entry(record, catalog.get(record.config.template), won)
+
+    def tried(key: str | None) -> list[Record]:
+        found = [r for name in current for r in db.trials(device_key=key, template=name)]
+        return [
+            record
+            for record in choose(found)
+            if record.template_digest == current[record.config.template]
+            and arch in (None, record.device.arch)
+        ]
+
+    best = db.bests(arch=arch, device_key=device_key)
+    winners = [r for r in choose(best) if fnmatch.fnmatchcase(r.config.template, templates)]
+    faults = [_fault(record, catalog) for record in winners]
+    held = [record for record, fault in zip(winners, faults, strict=True) if fault is None]
+    others = []
+    if stand_ins:
+        sound = [r for r in tried(device_key) if r.is_measured and _fault(r, catalog) is None]
+        others = _fastest(sound, besides=held)
+    device = _only_device([*winners, *others], best, templates, db)
+    left_out = Counter(fault for fault in faults if fault is not None)
+    if not held and not others:
         reasons = "; ".join(f"{reason} ({count})" for reason, count in left_out.items())
         raise InvalidInput(f"no winner on {device.name} holds any more: {reasons}. Tune again.")
-    current = {name: template.digest for name, template in catalog.templates.items()}
+    entries = [*(entry(record, True) for record in held), *(entry(r, False) for r in others)]
     tables = [
         table
         for table in chosen_tables(db.tables(device.key))
         if all(current.get(name) == digest for name, digest in table.digests.items())
-        and all(fnmatch.fnmatchcase(name, templates) for name in table.digests)
     ]
     return Selection(
-        device=device, entries=tuple(entries), tables=tuple(tables), left_out=dict(left_out)
+        device=device,
+        entries=tuple(sorted(entries, key=lambda each: each.problem.name)),
+        tables=tuple(tables),
+        trials=tuple(entry(r, False) for r in tried(device.key)) if trials else (),
+        left_out=dict(left_out),
+    )
+
+
+def _fault(record: Record, catalog: Catalog) -> str | None:
+    """Why a record is of no use with the templates as installed; None if it is."""
+    name = record.config.template
+    template = catalog.templates.get(name)
+    if template is None or template.digest != record.template_digest:
+        return f"{name} has changed since it was tuned"
+    if (message := template.broken(record.config, record.problem, record.device)) is not None:
+        return f'{name} has no such config any more, "{message}"'
+    return None
+
+
+def _fastest(trials: Sequence[Record], *, besides: Sequence[Record]) -> list[Record]:
+    """The fastest of measured trials of each problem and device that is not among `besides`.
+
+    Times of different policies are never compared: the policy of the newest trial counts.
+    """
+    has = {(record.problem, record.device.key) for record in besides}
+    by_problem: dict[tuple[Problem, str], list[Record]] = {}
+    for record in trials:
+        if (place := (record.problem, record.device.key)) not in has:
+            by_problem.setdefault(place, []).append(record)
+    found = []
+    for rivals in by_problem.values():
+        policy = max(rivals, key=lambda record: record.created).policy
+        timed = [record for record in rivals if record.policy == policy]
+        # By key where times are equal: twins of one source have the time of the one that ran.
+        found.append(min(timed, key=lambda record: (record.latency_us, record.config.key)))
+    return found
+
+
+def _only_device(
+    wanted: Sequence[Record], best: Sequence[Record], templates: str, db: Database
+) -> Device:
+    """The device that all records are of, or an InvalidInput that says what is there."""
+    keys = {record.device.key: record.device for record in wanted}
+    if len(keys) == 1:
+        return next(iter(keys.values()))
+    if not keys:
+        devices = sorted({r.device.slug for r in db.bests()})
+        raise InvalidInput(
+            f"of the {len(best)} best records none is of a template like {templates!r} and among "
+            f"what was asked for, nor is a trial that could stand in. `autoflash show` lists them "
+            f"(devices: {', '.join(devices) or 'none'}), and `autoflash tune --templates "
+            f"{templates!r}` makes some."
+        )
+    named = ", ".join(sorted({device.slug for device in keys.values()}))
+    raise InvalidInput(
+        f"an export is for one device, and there are winners of {len(keys)}: {named}. "
+        "Choose with --device NAME."
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from autoflash.errors import UnknownName
+from autoflash.errors import InvalidInput, UnknownName
 from autoflash.export.selection import Selection
 
 TARGETS: Mapping[str, str] = {
@@ -33,6 +34,22 @@ class Options:
     name: str | None = None
     binaries: bool = True
 
+    def named(self, default: str, pattern: str = r"[A-Za-z_]\w*") -> str:
+        """The name that was asked for, or `default`.
+
+        Args:
+            default: taken as it is.
+            pattern: of names that will do; a name in Python and C++.
+
+        Raises:
+            InvalidInput: the name asked for is none of these.
+        """
+        if self.name is None or re.fullmatch(pattern, self.name, re.ASCII):
+            return self.name or default
+        raise InvalidInput(
+            f"--name {self.name!r} will not do here: it must be like {pattern}, such as {default}."
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
@@ -42,6 +59,9 @@ class Target:
         name: on the command line.
         summary: one line: what it is and who loads it.
         templates: glob of the names of templates whose winners it takes.
+        stand_ins: whether the fastest trial of its templates will do where none of them won: what
+            it writes is for a kernel of that kind, and is of use however fast others are.
+        trials: whether it writes trials, not winners only.
         files: what it writes: path below the folder, with forward slashes -> content. The same
             selection and options give the same bytes.
     """
@@ -49,6 +69,8 @@ class Target:
     name: str
     summary: str
     templates: str
+    stand_ins: bool = False
+    trials: bool = False
     files: Callable[[Selection, Options], Mapping[str, str | bytes]]
 
 

@@ -121,8 +121,11 @@ def test_the_wheel_is_pure_and_holds_the_package_alone(dist: Path) -> None:
     [wheel] = dist.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
-        tops = {name.split("/")[0] for name in archive.namelist()}
+        names = archive.namelist()
+    tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"autoflash"}
+    # Data that exports are made of, beside the modules that read it.
+    assert "autoflash/export/schema/autoflash-configs-1.schema.json" in names
 
 
 def test_nothing_heavy_is_imported_with_the_package() -> None:
@@ -139,7 +142,7 @@ def test_every_dependency_has_a_pin_that_it_allows() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert "triton" not in pins, "PyTorch's CUDA builds demand one of their own"
     pins["triton"] = makefile.partition("OLDEST_TRITON := ")[2].partition("\n")[0]
-    for text in (*project["dependencies"], *extras["bench"], *extras["dev"]):
+    for text in (*project["dependencies"], *extras["bench"], *extras["dev"], *extras["consumers"]):
         wanted = Requirement(text)
         if wanted.name == project["name"]:  # with extras that are listed here themselves
             continue
