@@ -1,4 +1,4 @@
-"""package: a plain Python package of kernels with what serves a call, for torch and triton alone."""
+"""package: a plain Python package of kernels and of what serves a call, on torch and triton."""
 
 from __future__ import annotations
 
@@ -90,9 +90,7 @@ class Kernel:
     @property
     def command(self) -> str | None:
         """How its library is built, in the folder of kernels; None where Triton compiles it."""
-        makers = {"cuda": cuda.command, "cpp": cpp.command}
-        make = makers.get(self.source.language)
-        return make(self.device, self.file, self.library) if make else None
+        return command(self.source.language, self.device, self.file, self.library)
 
     @property
     def group_sizes(self) -> list[int]:
@@ -130,6 +128,13 @@ class Kernel:
         return facts
 
 
+def command(language: str, device: Device, source: str, library: str) -> str | None:
+    """How a shell makes a library of a file; None for languages that Triton compiles."""
+    makers = {"cuda": cuda.command, "cpp": cpp.command}
+    make = makers.get(language)
+    return make(device, source, library) if make else None
+
+
 def package_files(selection: Selection, options: Options) -> dict[str, str | bytes]:
     """A project that pip installs: one package, pyproject.toml, README.md and LICENSE."""
     name = module_name(options.name or f"autoflash_kernels_{selection.device.slug}")
@@ -137,9 +142,20 @@ def package_files(selection: Selection, options: Options) -> dict[str, str | byt
     return {
         **{f"{name}/{path}": content for path, content in inside.items()},
         "pyproject.toml": package_text.pyproject(name, selection),
-        "README.md": package_text.readme(name, selection, kernels(selection)),
+        "README.md": package_text.readme(name, selection, _build_loop(selection)),
         "LICENSE": package_text.LICENSE,
     }
+
+
+def _build_loop(selection: Selection) -> str | None:
+    """What a shell runs in the folder of kernels to build the libraries of all."""
+    for kernel in kernels(selection):
+        ending = Path(kernel.file).suffix
+        library = f"${{source%{ending}}}.so"
+        made = command(kernel.source.language, kernel.device, "$source", library)
+        if made:
+            return f"for source in *{ending}; do {made}; done"
+    return None
 
 
 def module_name(name: str) -> str:
@@ -256,14 +272,12 @@ def _table(selection: Selection, known: Iterable[Kernel]) -> dict[str, Any]:
 def _dispatch(
     table: DispatchTable, templates: Mapping[str, Template], names: Mapping[str, str]
 ) -> dict[str, Any]:
-    served = _served(table)
+    variants = {index: list(_variants(table, index, templates)) for index in _served(table)}
     return {
         "family": table.family.to_dict(),
         "kernels": {
-            str(index): [
-                names[kernel.source.digest] for kernel in _variants(table, index, templates)
-            ]
-            for index in served
+            str(index): [names[kernel.source.digest] for kernel in found]
+            for index, found in variants.items()
         },
         "leaves": [
             {"where": [list(bound) for bound in leaf.where], "config": leaf.config}

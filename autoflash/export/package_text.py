@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from autoflash.export.header import comment
 from autoflash.export.selection import Entry, Selection
-
-if TYPE_CHECKING:
-    from autoflash.export.package import Kernel
 
 LICENSE = """\
 The kernels in this package were rendered from the templates of autoflash, and its Python files are
@@ -54,24 +50,30 @@ packages = ["{name}"]
 """
 
 
-def readme(name: str, selection: Selection, kernels: Sequence[Kernel]) -> str:
-    """README.md: what is in it, how it is used, what was measured, how libraries are rebuilt."""
+def readme(name: str, selection: Selection, build_loop: str | None) -> str:
+    """README.md: what is in it, how it is used, what was measured, how libraries are rebuilt.
+
+    Args:
+        name: of the package.
+        selection: what is in it.
+        build_loop: for a shell, makes all libraries; None where there are none.
+    """
     device = selection.device
     parts = [
         f"""\
 # {name}
 
-Attention kernels that autoflash tuned for {device.name} ({device.arch}). It needs PyTorch, and
-Triton where kernels are in it; not autoflash.
+Attention kernels that autoflash tuned for {device.name} ({device.arch}). They need PyTorch, some
+of them Triton, and none autoflash.
 
     pip install .
 
 ```python
 import {name}
 
-# (batch, seqlen, heads, head_dim), float16 or bfloat16 as the kernels below
+# (batch, seqlen, heads, head_dim)
 out = {name}.flash_attn_func(q, k, v, causal=True)
-out, lse = {name}.attention(q, k, v, causal=True, window_size=(1023, 0), return_lse=True)
+out, lse = {name}.attention(q, k, v, causal=True, return_lse=True)
 ```
 
 A call of a shape below is served by its kernel; others by what was measured to be best for such
@@ -84,21 +86,23 @@ Forward only: calls that need gradients are PyTorch's, and so are those under `t
 a shape once before a CUDA graph captures it.
 
 ## Kernels
+
 """,
         _winners(selection.entries),
         f"\n## How it was measured\n\n{comment(selection, '   ')}",
     ]
-    commands = "".join(f"    {kernel.command}\n" for kernel in kernels if kernel.command)
-    if commands:
+    if build_loop:
+        compiler = "nvcc, and CUTLASS naming a checkout of CUTLASS 4.2 or newer"
         parts.append(
             f"""
 ## Libraries
 
-What is not in Triton is loaded from `{name}/kernels/*.so`. To build them, or build them anew (then
-delete their line in `kernels/libraries.json`), run in `{name}/kernels`
-{"with nvcc, and CUTLASS naming a checkout of CUTLASS 4.2 or newer:" if device.is_cuda else ":"}
+What is not in Triton is loaded from libraries in `{name}/kernels`. To build them, where they were
+not shipped, or anew (then delete `libraries.json`, which has their digests), run there, with
+{compiler if device.is_cuda else "g++"}:
 
-{commands}"""
+    {build_loop}
+"""
         )
     return "".join(parts)
 

@@ -56,7 +56,8 @@ def load(name: str, index: int) -> Bind:
 def _open(file: str, on_cpu: bool) -> ctypes.CDLL:
     path = HERE / "kernels" / file
     if not path.is_file():
-        raise NotBuilt(f"{path} is not built: README.md, beside the package, has the command")
+        command = table()["commands"][path.stem]
+        raise NotBuilt(f"{path} is not built. In its folder, run: {command}")
     listed = HERE / "kernels" / "libraries.json"
     shipped = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else {}
     if file in shipped:  # else whoever installed the sources built it
