@@ -82,8 +82,8 @@ head_dim, mask, softcap, alignment. PyTorch serves the rest, with one warning. S
 device of another architecture than {device.arch}; on another device of that architecture kernels
 run, with a warning. Files of kernels are checked against `table.json` before they are loaded.
 
-Forward only: calls that need gradients are PyTorch's, and so are those under `torch.compile`. Call
-a shape once before a CUDA graph captures it.
+Forward only: calls that need gradients are PyTorch's. `torch.compile` sees one operator. Call a
+shape once before a CUDA graph captures it.
 
 ## Kernels
 

@@ -73,8 +73,15 @@ def attention(
     """
     descales = (q_descale, k_descale, v_descale)
     if torch.compiler.is_compiling() or _is_special(q, k, v):
-        checked = _check(q, k, v, causal, window_size, softcap, descales, layout)
-        return _by_torch(q, causal, *checked, layout)(q, k, v, softmax_scale, descales, return_lse)
+        window, softcap = _check(q, k, v, causal, window_size, softcap, descales, layout)
+        if torch.compiler.is_compiling() and not _needs_gradients(q, k, v):
+            left, right = (-1 if bound is None else bound for bound in window)
+            out, lse = _op(
+                q, k, v, causal, left, right, softcap, softmax_scale, *descales, layout
+            )  # fmt: skip
+            return (out, lse) if return_lse else out
+        by_torch = _by_torch(q, causal, window, softcap, layout)
+        return by_torch(q, k, v, softmax_scale, descales, return_lse)
     try:
         key = (
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
@@ -149,13 +156,52 @@ def flash_attn_func(
 
 def _is_special(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether something that no kernel knows of has a say: gradients, fake or other tensors."""
-    for tensor in (q, k, v):
-        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-            return True
-        if tensor.requires_grad and torch.is_grad_enabled():
-            _warn_once("it has no backward kernels", "a call that needs gradients")
-            return True
-    return False
+    if _needs_gradients(q, k, v):
+        _warn_once("it has no backward kernels", "a call that needs gradients")
+        return True
+    plain = (Tensor, torch.nn.Parameter)
+    return not (type(q) in plain and type(k) in plain and type(v) in plain)
+
+
+def _needs_gradients(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
+
+
+# To torch.compile a call is one operator. Its name begins with that of this package.
+@torch.library.custom_op(
+    f"{__name__.replace('.', '_')}::attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, bool causal, int left, int right, float softcap, "
+    "float? softmax_scale, Tensor? q_descale, Tensor? k_descale, Tensor? v_descale, str layout) "
+    "-> (Tensor, Tensor)",
+)
+def _op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    left: int,
+    right: int,
+    softcap: float,
+    softmax_scale: float | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    layout: str,
+) -> tuple[Tensor, Tensor]:
+    out, lse = attention(
+        q, k, v, causal=causal, window_size=(left, right), softcap=softcap,
+        softmax_scale=softmax_scale, q_descale=q_descale, k_descale=k_descale,
+        v_descale=v_descale, return_lse=True, layout=layout,
+    )  # fmt: skip
+    return out, lse
+
+
+@_op.register_fake
+def _shapes(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    b, s, h = _AXES[options[-1]]
+    out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=_out_dtype(q))
+    return out, q.new_empty((q.shape[b], q.shape[h], q.shape[s]), dtype=torch.float32)
 
 
 # The first call of a kind -----------------------------------------------------------------------
@@ -216,7 +262,7 @@ def _by_kernel(
     """A kernel's launch with all that these shapes and strides decide."""
     b, s, h = _AXES[layout]
     shape, device = (*q.shape[:3], v.shape[3]), q.device
-    dtype = torch.bfloat16 if q.dtype == FP8 else q.dtype
+    dtype = _out_dtype(q)
     strides = torch.empty(shape, device="meta").stride()
     left = problem.seqlen_k if problem.window_left is None else problem.window_left
     right = problem.seqlen_q if problem.window_right is None else problem.window_right
@@ -258,6 +304,10 @@ def _by_kernel(
         return out if lse is None else (out, lse)
 
     return run
+
+
+def _out_dtype(q: Tensor) -> torch.dtype:
+    return torch.bfloat16 if q.dtype == FP8 else q.dtype
 
 
 def _by_torch(q: Tensor, causal: bool, window: Window, softcap: float, layout: str) -> Run:

@@ -30,7 +30,9 @@ def attention(
     if layout == "bshd":
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     if q.dtype == torch.float8_e4m3fn:
-        q, k, v = (_dequantised(x, d, q.shape[1]) for x, d in zip((q, k, v), descales, strict=True))
+        q, k, v = (_dequantised(x, d) for x, d in zip((q, k, v), descales, strict=True))
+    if scale <= 0:  # of which PyTorch's fused kernels make NaN behind a mask
+        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     left, right = window
     right = 0 if causal else right
@@ -78,8 +80,8 @@ def _written_out(
     compute = torch.promote_types(q.dtype, torch.float32)
     keys, values = (x.to(compute).repeat_interleave(group, 1) for x in (k, v))
     rows = max(_SCORES_AT_ONCE // max(q.shape[0] * q.shape[1] * seqlen_k, 1), 1)
-    outs, lses = [q.new_empty((*q.shape[:2], 0, v.shape[3]))], []
-    lses.append(q.new_empty((*q.shape[:2], 0), dtype=torch.float32))
+    outs = [q.new_empty((*q.shape[:2], 0, v.shape[3]))]
+    lses = [q.new_empty((*q.shape[:2], 0), dtype=torch.float32)]
     for start in range(0, q.shape[2], rows):
         stop = min(start + rows, q.shape[2])
         scores = (q[:, :, start:stop].to(compute) * scale) @ keys.transpose(2, 3)
@@ -93,7 +95,7 @@ def _written_out(
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
-def _dequantised(x: torch.Tensor, descale: torch.Tensor | None, num_heads: int) -> torch.Tensor:
+def _dequantised(x: torch.Tensor, descale: torch.Tensor | None) -> torch.Tensor:
     """What 8 bits stand for, in bfloat16."""
     if descale is None:
         return x.to(torch.bfloat16)
