@@ -61,20 +61,15 @@ def case(q: tuple[int, ...], k: tuple[int, ...], dtype: str, **others: Any) -> d
 
 
 @pytest.fixture(scope="module")
-def dependencies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return venvs.dependencies(tmp_path_factory.mktemp("exported") / "dependencies")
-
-
-@pytest.fixture(scope="module")
-def install(tmp_path_factory: pytest.TempPathFactory, dependencies: Path) -> Callable[..., Path]:
+def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Exports a selection and installs that with pip: the interpreter of where it is."""
+    root = tmp_path_factory.mktemp("exported")
+    python = venvs.venv(root / "venv", venvs.dependencies(root / "dependencies"))
 
     def install(selection: Selection, name: str, options: Options = SOURCES) -> Path:
-        folder = tmp_path_factory.mktemp(name)
         files = package.package_files(selection, dataclasses.replace(options, name=name))
-        write(folder / "export", "package", selection, files)
-        python = venvs.venv(folder / "venv", dependencies)
-        venvs.run(python, *venvs.PIP, folder / "export", cwd=folder)
+        write(root / name, "package", selection, files)
+        venvs.run(python, *venvs.PIP, root / name, cwd=root)
         return python
 
     return install
@@ -176,9 +171,10 @@ print(json.dumps(found))
 def test_installed_kernels_compile_without_a_gpu(
     selection: Selection, functions: int, install: Callable[..., Path], tmp_path: Path
 ) -> None:
-    python = install(selection, "tuned_compiled")
+    name = f"tuned_compiled_{functions}"
+    python = install(selection, name)
     said = venvs.run(
-        python, "-c", COMPILE, "tuned_compiled", cwd=tmp_path,
+        python, "-c", COMPILE, name, cwd=tmp_path,
         environment={"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path)},
     )  # fmt: skip
     found = json.loads(said)

@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 
-FLOOR = {"float32": 1e-5, "float16": 2.5e-4, "bfloat16": 2e-3, "float8_e4m3fn": 2e-3}
+FLOOR = {
+    "float64": 1e-12,
+    "float32": 1e-5,
+    "float16": 2.5e-4,
+    "bfloat16": 2e-3,
+    "float8_e4m3fn": 2e-3,
+}
 
 
 def main(name: str) -> None:
