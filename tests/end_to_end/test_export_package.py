@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import ctypes
 import dataclasses
 import importlib
@@ -442,3 +443,36 @@ def symbols(library: Path) -> set[str]:
     loaded = ctypes.CDLL(str(library))
     names = ("launch_bound", "launch_error", "workspace_bound", "launch")
     return {name for name in names if hasattr(loaded, name)}
+
+
+@pytest.mark.parametrize("newer", [False, True], ids=["Triton 3.6", "Triton 3.7"])
+def test_a_compiled_kernel_is_launched_as_autoflash_does(
+    newer: bool, load: Callable[..., types.ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from autoflash.build import triton
+
+    loaded = load(selections.selection(TRITON_WINNERS[:1]), f"tuned_launch_{int(newer)}")
+    launches: list[tuple[Any, ...]] = []
+    launcher = types.SimpleNamespace(
+        launch=lambda *args: launches.append(args), launch_cooperative_grid=False,
+        launch_pdl=False, num_ctas=1, global_scratch_size=0,
+        **({"arg_annotations": "annotations", "kernel_signature": "signature"} if newer else {}),
+    )  # fmt: skip
+    kernel = types.SimpleNamespace(run=launcher, function=11, packed_metadata="packed")
+    own = importlib.import_module(f"{loaded.__name__}._triton")
+    monkeypatch.setattr(own, "compiled", lambda *_: kernel)
+    monkeypatch.setattr(own, "interpreting", lambda: False)
+    monkeypatch.setattr(own, "stream", lambda index: 7)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    [(name, _)] = loaded._attention.table()["kernels"].items()
+    scalars = [1, 256, 256, 4, 2, 256, 0, *range(100, 112), 0.0]
+    q, k, v, out = (torch.empty(1) for _ in range(4))
+    own.load(name, 0)(scalars)((q, k, v, out, None), 0.125)
+
+    ours = triton._CompiledFunction(None, kernel, launcher)  # type: ignore[arg-type]
+    addresses = [tensor.data_ptr() for tensor in (q, k, v, out)]
+    module = own.module_of(name)
+    ours.bind(module.grid(*scalars[:5]), (0, *scalars))(*addresses, 0, 0.125, 7)
+    assert launches[0] == launches[1]
