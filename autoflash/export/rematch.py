@@ -115,7 +115,7 @@ class _Side:
     def to_dict(self) -> dict[str, Any]:
         """As workers are sent it."""
         sent = wire.source_to_dict(self.source)
-        return sent if self.folder is None else {**sent, "built_in": str(self.folder)}
+        return sent if self.folder is None else {**sent, wire.BUILT_IN: str(self.folder)}
 
 
 def play(

@@ -253,15 +253,8 @@ class _Bench:
         self.inputs = make_inputs(problem, device, seed)
 
     def build(self, source: Mapping[str, Any]) -> Kernel:
-        """The kernel of a source: found compiled, or compiled now, or loaded from "built_in"."""
-        known = dict(source)
-        folder = known.pop("built_in", None)
-        rendered = wire.source_from_dict(known)
-        if folder is None:
-            return build.build(rendered, self.device)
-        unknown = build.Resources(compile_s=0.0, binary_bytes=0)
-        digest, arch = rendered.digest, self.device.arch
-        return build.load(build.Artifact(rendered, arch, digest, Path(folder), unknown))
+        """The kernel of a source: found compiled, or compiled now, or built elsewhere."""
+        return _kernel(source, self.device)
 
     def call(self, kernel: Kernel) -> Callable[[], None]:
         """One launch on the inputs, without LSE, as `attention()` makes it by default."""
@@ -302,6 +295,16 @@ class _Bench:
                 name = min(found, key=lambda name: found[name][0])
                 return name, found[name][1]
         return None, None
+
+
+def _kernel(source: Mapping[str, Any], device: Device) -> Kernel:
+    """What a source on the wire becomes; "built_in" names the folder of a library that is there."""
+    rendered, folder = wire.source_from_dict(source), source.get(wire.BUILT_IN)
+    if folder is None:
+        return build.build(rendered, device)
+    unknown = build.Resources(compile_s=0.0, binary_bytes=0)
+    built = build.Artifact(rendered, device.arch, rendered.digest, Path(folder), unknown)
+    return build.load(built)
 
 
 class _Stopwatch:

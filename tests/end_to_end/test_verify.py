@@ -24,6 +24,7 @@ from autoflash.tuning.effort import EFFORTS
 from autoflash.tuning.timing import Comparison
 
 EFFORT = dataclasses.replace(EFFORTS["quick"], rounds=5, finals_ms=5.0, timing_ms=2.0)
+SOURCES = Options(binaries=False)
 VERDICTS = {"holds", "tie", "lost", "default"}
 
 
@@ -247,12 +248,23 @@ def test_on_another_arch_only_files_are_checked(
     monkeypatch.setattr(verify.devices, "native", lambda: for_arch("cpu"))
     record = selections.record("triton/fwd", "b1s256h4/2d64c-float16", KNOWN_GPUS["sm80"])
     chosen = selections.selection([record])
-    write(tmp_path, "package", chosen, package.package_files(chosen, Options(binaries=False)))
+    write(tmp_path, "package", chosen, package.package_files(chosen, SOURCES))
     code, out, _ = said(tmp_path, capsys)
     assert code == 4
     assert "no kernel was run: it is for NVIDIA A100-SXM4-80GB (sm80)" in out
     (tmp_path / "LICENSE").write_text("mine")
     assert said(tmp_path, capsys)[0] == 5
+
+
+def test_sources_are_found_in_what_was_exported(tmp_path: Path) -> None:
+    chosen = selections.reviewed("nvidia-h200")  # CUDA with its entry point appended, and Gluon
+    write(tmp_path / "export", "package", chosen, package.package_files(chosen, SOURCES))
+    (tmp_path / "scratch").mkdir()
+    found = rematch._shipped(bundle.read(tmp_path / "export"), tmp_path / "scratch")
+    assert {digest: side.source for digest, side in found.items()} == {
+        entry.source.digest: entry.source for entry in chosen.entries
+    }
+    assert {side.origin for side in found.values()} == {"source"}
 
 
 def manifest_with(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
