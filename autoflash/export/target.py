@@ -29,10 +29,12 @@ class Options:
     Attributes:
         name: of the package or the like; None leaves it to the target.
         binaries: whether kernels are compiled now and shipped, where the target can do so.
+        progress: told what takes long, a line at a time.
     """
 
     name: str | None = None
     binaries: bool = True
+    progress: Callable[[str], None] = lambda line: None
 
     def named(self, default: str, pattern: str = r"[A-Za-z_]\w*") -> str:
         """The name that was asked for, or `default`.
