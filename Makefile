@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 OLDEST_TRITON := 3.6.0
 NEWEST_TRITON := 3.9.0
 # What developers install beside the package: `nvcc` too where the machine has no CUDA toolkit.
-EXTRAS := dev,cuda$(if $(shell command -v nvcc 2>/dev/null),,$(COMMA)nvcc)
+EXTRAS := dev,cuda,frameworks$(if $(shell command -v nvcc 2>/dev/null),,$(COMMA)nvcc)
 
 .PHONY: tune test gpu browser newest-triton lint types imports format golden bench clean
 
