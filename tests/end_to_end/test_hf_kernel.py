@@ -10,15 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import selections
 
 from autoflash import device as devices
-from autoflash.codegen.catalog import installed
-from autoflash.config import Config
 from autoflash.errors import InvalidInput
-from autoflash.export import Entry, Options, Selection, target, write
-from autoflash.problem import Problem
-from autoflash.record import Measurement, Record
-from autoflash.settings import Settings
+from autoflash.export import Options, Selection, target, write
 
 kernels = pytest.importorskip("kernels", reason="needs autoflash[frameworks]")
 pytest.importorskip("transformers", reason="needs autoflash[frameworks]")
@@ -112,36 +108,16 @@ def check(said: dict[str, Any]) -> None:
 
 def tuned_here() -> Selection:
     """The default of the CPU's template as the winner of what a small Llama asks."""
-    template, device = installed().get("cpp/fwd"), devices.for_arch("cpu")
-    entries = []
-    for name in ("b3s1x16h4/2d16c-float32", "b3s11h4/2d16c-float32", "b2s9h4d16c-float32"):
-        problem = Problem.parse(name)
-        record = Record(
-            problem=problem,
-            config=Config.of(template.name, template.default_config(problem, device)),
-            template_digest=template.digest,
-            device=device,
-            outcome="ok",
-            policy="test",
-            measurement=Measurement(latency_us=9.0, p20_us=8.0, p80_us=10.0, count=5),
-            environment={"torch": "2.13.0"},
-            created="2026-11-21T00:00:00Z",
-        )
-        entries.append(Entry(record, template))
-    return Selection(device=device, entries=tuple(entries))
+    names = ("b3s1x16h4/2d16c-float32", "b3s11h4/2d16c-float32", "b2s9h4d16c-float32")
+    here = devices.for_arch("cpu")
+    return selections.selection(selections.record("cpp/fwd", name, here) for name in names)
 
 
 @pytest.fixture(scope="module")
 def h200() -> Selection:
-    lines = (Settings.from_environment({}).tuning_db_dir / "nvidia-h200.jsonl").read_text()
-    records = [Record.from_dict(json.loads(line)) for line in lines.splitlines()]
-    entries = [
-        Entry(record, installed().get(record.config.template))
-        for record in records
-        if record.problem.name in H200
-    ]
-    assert len(entries) == len(H200)
-    return Selection(device=entries[0].record.device, entries=tuple(entries))
+    found = selections.reviewed("nvidia-h200", *H200)
+    assert len(found.entries) == len(H200)
+    return found
 
 
 def test_a_model_runs_on_the_kernels_of_an_export(tmp_path: Path) -> None:
