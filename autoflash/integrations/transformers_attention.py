@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -13,6 +14,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from autoflash.errors import UnsupportedProblem
 from autoflash.integrations.transformers_masks import pattern_of
 from autoflash.runtime.attention import attention
+
+_TAKEN = ("module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal")
+_SPECIAL = sorted({*inspect.signature(sdpa_attention_forward).parameters} - {*_TAKEN, "kwargs"})
+"""What else PyTorch's attention in transformers heeds: a paged cache, position biases."""
 
 
 def attend(
@@ -53,7 +58,7 @@ def attend(
         UnsupportedProblem: a paged cache or a position bias together with softcap or sinks.
     """
     wants_weights = bool(others.get("output_attentions"))
-    special = [name for name in ("cache", "position_bias") if others.get(name) is not None]
+    special = [name for name in _SPECIAL if others.get(name) is not None]
     if special and (softcap or s_aux is not None):
         raise UnsupportedProblem(
             f"{special[0]} together with {'softcap' if softcap else 's_aux'}: neither autoflash "
@@ -64,7 +69,7 @@ def attend(
         out = _by_kernels(query, key, value, attention_mask, causal, scaling, softcap, s_aux)
         if out is not None:
             return out, None
-    if wants_weights or softcap or s_aux is not None:
+    if not special and (wants_weights or softcap or s_aux is not None):
         return _by_definition(
             query, key, value, attention_mask, causal, scaling, softcap, s_aux, dropout
         )
