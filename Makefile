@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OLDEST_TRITON := 3.6.0
 NEWEST_TRITON := 3.9.0
-# What developers install beside the package, with what loads its exports: `nvcc` too where the machine has no CUDA toolkit.
-EXTRAS := dev,consumers,cuda$(if $(shell command -v nvcc 2>/dev/null),,$(COMMA)nvcc)
+# What developers install beside the package, with what loads its exports: `nvcc` too where the machine has none.
+EXTRAS := dev,consumers,frameworks,cuda$(if $(shell command -v nvcc 2>/dev/null),,$(COMMA)nvcc)
 
 .PHONY: tune test gpu browser newest-triton lint types imports format golden bench clean
 

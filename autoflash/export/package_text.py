@@ -88,7 +88,7 @@ shape once before a CUDA graph captures it.
 ## Kernels
 
 """,
-        _winners(selection.entries),
+        winners(selection.entries),
         f"\n## How it was measured\n\n{comment(selection, '   ')}",
     ]
     if build_loop:
@@ -107,7 +107,8 @@ not shipped, or anew (then delete `libraries.json`, which has their digests), ru
     return "".join(parts)
 
 
-def _winners(entries: Sequence[Entry]) -> str:
+def winners(entries: Sequence[Entry]) -> str:
+    """A table of what was tuned: shapes, kernels, times."""
     lines = ["| shape | kernel | us | default us | PyTorch us |", "|---|---|---:|---:|---:|"]
     for entry in entries:
         record = entry.record
