@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from autoflash.device import Device
 from autoflash.errors import UnknownName
-from autoflash.problem import OP_OF_DTYPE, Problem
+from autoflash.problem import FOREIGN_OPS, OP_OF_DTYPE, Problem
 from autoflash.tuning.formula import descaled, hidden, naive, visible
 
 if TYPE_CHECKING:
@@ -390,7 +390,7 @@ def _only_half(problem: Problem, device: Device) -> str | None:
 
 
 def _only_forward(problem: Problem, device: Device) -> str | None:
-    forward = problem.op in ("fwd", *OP_OF_DTYPE.values())
+    forward = problem.op in ("fwd", *OP_OF_DTYPE.values(), *FOREIGN_OPS)
     return None if forward else f"op {problem.op} is not compared"
 
 
