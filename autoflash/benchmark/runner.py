@@ -145,7 +145,9 @@ class _Comparison:
     def _prepare(self) -> None:
         inputs = self.case.inputs
         tensors = (inputs.q, inputs.k, inputs.v)
-        if OURS in self.providers:
+        if OURS in self.providers and self.problem.is_foreign:
+            self._prepare_foreign(*tensors)
+        elif OURS in self.providers:
             self._prepare_ours(*tensors)
         peers = [name for name in self.providers if name != OURS]
         calls, reasons = available(
@@ -174,6 +176,26 @@ class _Comparison:
             self.failed[OURS] = ("unavailable", str(error))
         else:
             self.calls[OURS] = call
+
+    def _prepare_foreign(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """The other library's kernel with the options that were tuned, or those of its default."""
+        from autoflash.runtime import serving
+
+        inputs = self.case.inputs
+        self.served = serving.dispatcher(q.device.type, q.device.index).serve(self.problem)
+        kernel = self.served.kernel
+        if kernel is None:
+            self.failed[OURS] = ("unavailable", self.served.reason)
+            return
+        bound = kernel.bind(
+            q, k, v, inputs.out, None, inputs.softmax_scale, inputs.layout, problem=self.problem
+        )
+
+        def call() -> torch.Tensor:
+            out = bound()
+            return inputs.out if out is None else out
+
+        self.calls[OURS] = call
 
     def _check(self, name: str) -> float:
         """Compare one output with the reference; how long that call took, roughly."""

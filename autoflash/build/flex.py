@@ -6,16 +6,25 @@ is the module alone. What PyTorch makes of it goes into the same cache directory
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from autoflash.build import cache as build_cache
-from autoflash.build.kernel import Artifact, Call, Kernel, Launch, Resources, read_resources
-from autoflash.build.kernel import write_meta as _write_meta
+from autoflash.build.kernel import (
+    Artifact,
+    Call,
+    Kernel,
+    Launch,
+    Resources,
+    read_resources,
+    write_meta,
+)
 from autoflash.codegen.template import Source
 from autoflash.device import Device
 from autoflash.errors import BuildError, CompileError
@@ -43,10 +52,10 @@ def compile_source(source: Source, device: Device) -> Artifact:
         raise CompileError(f"{source.template}: {error}", source.text) from error
     digest = hashlib.sha256(f"{source.digest}\0{device.arch}".encode()).hexdigest()
 
-    def fill(directory: Any) -> None:
+    def fill(directory: Path) -> None:
         (directory / _SOURCE).write_text(source.text, encoding="utf-8")
         # No time of a compilation that has not happened: plans then go by their own guess.
-        _write_meta(directory, Resources(compile_s=0.0, binary_bytes=0), arch=device.arch)
+        write_meta(directory, Resources(compile_s=0.0, binary_bytes=0), arch=device.arch)
 
     directory = build_cache.find_or_make(digest, fill)
     return Artifact(source, device.arch, digest, directory, read_resources(directory))
@@ -88,6 +97,18 @@ def require_known(options: Iterable[str], what: str) -> None:
             f"{', '.join(unknown)}, and would ignore it. It has: {', '.join(sorted(known))}. "
             "Tune with the PyTorch that the options are for."
         )
+
+
+def constants(text: str) -> dict[str, Any]:
+    """KERNEL_OPTIONS and MASK_BLOCK of a rendered module, which is not run for that."""
+    found = {
+        target.id: ast.literal_eval(node.value)
+        for node in ast.parse(text).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name) and target.id.isupper()
+    }
+    return {name: found[name] for name in ("KERNEL_OPTIONS", "MASK_BLOCK")}
 
 
 class FlexKernel(Kernel):
@@ -138,23 +159,25 @@ class FlexKernel(Kernel):
         if self._block_mask is None:
             self._block_mask = self._module["block_mask"](q.device)
         arguments = (*heads_first, self._block_mask)
-        name = "attention" if lse is None else "attention_with_lse"
+        key = ("attention" if lse is None else "attention_with_lse", softmax_scale)
+        known = self._compiled.get(key)
+        compiled = known or torch.compile(
+            self._module[key[0]](softmax_scale), dynamic=False, fullgraph=True
+        )
 
         def call() -> torch.Tensor:
             with torch.no_grad():  # with gradients it would always write lse
-                made = compiled(*arguments)
+                made: Any = compiled(*arguments)
                 if lse is not None:
                     made, found = made
                     lse.copy_(found)
-            return cast("torch.Tensor", made.transpose(1, 2) if layout == "bshd" else made)
+            out: torch.Tensor = made.transpose(1, 2) if layout == "bshd" else made
+            return out
 
-        compiled = self._compiled.get((name, softmax_scale))
-        if compiled is None:
-            function = self._module[name](softmax_scale)
-            compiled = torch.compile(function, dynamic=False, fullgraph=True)
+        if known is None:
             with _compiling():
                 call()
-            self._compiled[name, softmax_scale] = compiled
+            self._compiled[key] = compiled
         return call
 
 

@@ -78,6 +78,7 @@ def select(
     catalog: Catalog,
     *,
     templates: str,
+    op: str | None = None,
     device_key: str | None = None,
     arch: str | None = None,
     choose: Callable[[Sequence[Record]], Iterable[Record]] = tuple,
@@ -89,6 +90,7 @@ def select(
         db: where they are.
         catalog: the templates as installed; winners of other digests are left out.
         templates: glob of the names of templates that the target is for.
+        op: of the problems, where those are foreign (Problem.is_foreign); None: none is.
         device_key: Device.key; with arch None, the only device that has winners is meant.
         arch: devices of this arch only.
         choose: keeps the records that were asked for.
@@ -98,7 +100,12 @@ def select(
         InvalidInput: nothing is left, or winners are of several devices and none was named.
     """
     best = [r for r in db.bests(arch=arch, device_key=device_key)]
-    wanted = [r for r in choose(best) if fnmatch.fnmatchcase(r.config.template, templates)]
+    wanted = [
+        record
+        for record in choose(best)
+        if fnmatch.fnmatchcase(record.config.template, templates)
+        and (record.problem.op == op if op else not record.problem.is_foreign)
+    ]
     if not wanted:
         devices = sorted({r.device.slug for r in db.bests()})
         raise InvalidInput(

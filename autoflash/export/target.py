@@ -42,6 +42,7 @@ class Target:
         name: on the command line.
         summary: one line: what it is and who loads it.
         templates: glob of the names of templates whose winners it takes.
+        op: of the problems that it is of, where those are not attention()'s.
         files: what it writes: path below the folder, with forward slashes -> content. The same
             selection and options give the same bytes.
     """
@@ -50,6 +51,7 @@ class Target:
     summary: str
     templates: str
     files: Callable[[Selection, Options], Mapping[str, str | bytes]]
+    op: str | None = None
 
 
 def target(name: str) -> Target:

@@ -128,9 +128,7 @@ def prepare(problem: Problem, device: Device, *, seed: int = 0) -> None:
         _make_last(Stress(problem), device, seed)
 
 
-def check_timed(
-    call: Call, inputs: Inputs, device: Device, *, seed: int = 0
-) -> Check:
+def check_timed(call: Call, inputs: Inputs, device: Device, *, seed: int = 0) -> Check:
     """Whether a call is still right after it was timed, on values that it was not timed on.
 
     The tensors stay where they are and get other values for one more call. Whoever answers from
