@@ -49,8 +49,8 @@ class Selection:
 
     Sizes are comma lists and every combination of them is meant. Beside --grid or --problems
     they choose among the problems named there; beside --shape only --dtype has a meaning. Beside
-    --preset, --batch, --seqlen, --seqlen-k and --dtype give the sizes, the others choose. --op makes
-    problems of that op of whatever is named.
+    --preset, --batch, --seqlen, --seqlen-k and --dtype give the sizes, the others choose. Whatever
+    is named, --op makes problems of that op of it.
     """
 
     grid: Annotated[str | None, _option("--grid", "A named set of problems.", "NAME")] = None
