@@ -91,7 +91,9 @@ class Trials:
         # On a CPU compilers would disturb what is timed: a batch is compiled, then measured.
         self._exclusive = not run.device.is_cuda
         # On a GPU no more than keeps all compilers busy: each proposal learns from what is known.
-        self._batch = 2 * run.jobs if self._exclusive else run.jobs + 2
+        # Foreign kernels are compiled as they run, one by one.
+        jobs = 1 if problem.is_foreign else run.jobs
+        self._batch = 2 * jobs if self._exclusive else jobs + 2
         self._compiling: dict[str, _Candidate] = {}
         self._ready: list[_Candidate] = []
         self._running: _Candidate | None = None
