@@ -111,7 +111,8 @@ def select(
         raise InvalidInput(
             f"of the {len(best)} best records none is of a template like {templates!r} and among "
             f"what was asked for. `autoflash show` lists them (devices: "
-            f"{', '.join(devices) or 'none'}), and `autoflash tune` makes them."
+            f"{', '.join(devices) or 'none'}), and `autoflash tune{f' --op {op}' if op else ''}` "
+            "makes them."
         )
     keys = {record.device.key: record.device for record in wanted}
     if len(keys) > 1:

@@ -52,7 +52,8 @@ def best(environment: dict[str, str]) -> dict[str, Any]:
     """The winner of two trials: the default, and the mask in blocks of 64."""
     found = run(environment, "tune", "--effort", "normal", "--trials", "2", codes=(0, 3))
     (result,) = found["results"]
-    assert result["outcomes"]["ok"] == 2, result
+    outcomes = result["outcomes"]
+    assert outcomes.get("ok", 0) + outcomes.get("slow", 0) == 2, result
     return dict(result["best"])
 
 
