@@ -187,9 +187,13 @@ class _Comparison:
         if kernel is None:
             self.failed[OURS] = ("unavailable", self.served.reason)
             return
-        bound = kernel.bind(
-            q, k, v, inputs.out, None, inputs.softmax_scale, inputs.layout, problem=self.problem
-        )
+        try:
+            bound = kernel.bind(
+                q, k, v, inputs.out, None, inputs.softmax_scale, inputs.layout, problem=self.problem
+            )
+        except Exception as error:  # what the other library raises where it cannot compile
+            self.failed[OURS] = ("unavailable", f"{type(error).__name__}: {error}".split("\n")[0])
+            return
 
         def call() -> torch.Tensor:
             out = bound()

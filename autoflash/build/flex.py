@@ -116,8 +116,8 @@ class FlexKernel(Kernel):
 
     Args:
         artifact: where it came from.
-        module: its names: `attention(q, k, v, block_mask, scale)`, `attention_with_lse`,
-            `block_mask(device)` and KERNEL_OPTIONS.
+        module: its names: `attention(scale)` makes a function of (q, k, v, block_mask) that gives
+            out, `attention_with_lse(scale)` one that gives lse too; `block_mask(device)`.
     """
 
     gives_lse = False  # it is compiled once more for that
