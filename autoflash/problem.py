@@ -18,6 +18,10 @@ ELEMENT_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e4m3fn": 1}
 OP_OF_DTYPE = {"float8_e4m3fn": "fwd_fp8"}
 """The forward op of dtypes whose kernels take more than q, k and v (codegen/ops.py)."""
 
+FOREIGN_OPS = ("flex",)
+"""Ops whose kernels are other libraries', tuned through their own options; attention() never asks
+for them. What they compute is the forward."""
+
 TRAITS = (
     "op",
     "dtype",
@@ -137,6 +141,16 @@ class Problem:
         }
         for name, value in settled.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether its kernels are another library's (FOREIGN_OPS)."""
+        return self.op in FOREIGN_OPS
+
+    @property
+    def forward(self) -> Problem:
+        """The call of attention() that computes the same; itself unless it is foreign."""
+        return dataclasses.replace(self, op="fwd") if self.is_foreign else self
 
     @property
     def element_size(self) -> int:

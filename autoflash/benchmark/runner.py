@@ -151,7 +151,9 @@ class _Comparison:
     def _prepare(self) -> None:
         inputs = self.case.inputs
         tensors = (inputs.q, inputs.k, inputs.v)
-        if OURS in self.providers:
+        if OURS in self.providers and self.problem.is_foreign:
+            self._prepare_foreign(*tensors)
+        elif OURS in self.providers:
             self._prepare_ours(*tensors)
         peers = [name for name in self.providers if name != OURS]
         calls, reasons = available(
@@ -180,6 +182,30 @@ class _Comparison:
             self.failed[OURS] = ("unavailable", str(error))
         else:
             self.calls[OURS] = call
+
+    def _prepare_foreign(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """The other library's kernel with the options that were tuned, or those of its default."""
+        from autoflash.runtime import serving
+
+        inputs = self.case.inputs
+        self.served = serving.dispatcher(q.device.type, q.device.index).serve(self.problem)
+        kernel = self.served.kernel
+        if kernel is None:
+            self.failed[OURS] = ("unavailable", self.served.reason)
+            return
+        try:
+            bound = kernel.bind(
+                q, k, v, inputs.out, None, inputs.softmax_scale, inputs.layout, problem=self.problem
+            )
+        except Exception as error:  # what the other library raises where it cannot compile
+            self.failed[OURS] = ("unavailable", f"{type(error).__name__}: {error}".split("\n")[0])
+            return
+
+        def call() -> torch.Tensor:
+            out = bound()
+            return inputs.out if out is None else out
+
+        self.calls[OURS] = call
 
     def _check(self, name: str) -> float:
         """Compare one output with the reference; how long that call took, roughly."""

@@ -37,6 +37,10 @@ def compile_source(source: Source, device: Device) -> Artifact:
         from autoflash.build import cuda
 
         return cuda.compile_source(source, device)
+    if source.language == "flex":
+        from autoflash.build import flex
+
+        return flex.compile_source(source, device)
     raise BuildError(f"{source.template}: there is no builder for language {source.language!r}")
 
 
@@ -50,6 +54,10 @@ def load(artifact: Artifact) -> Kernel:
         from autoflash.build import cuda
 
         return cuda.load(artifact)
+    if artifact.source.language == "flex":
+        from autoflash.build import flex
+
+        return flex.load(artifact)
     from autoflash.build import cpp
 
     return cpp.load(artifact)

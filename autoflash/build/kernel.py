@@ -103,12 +103,22 @@ def read_resources(directory: Path) -> Resources:
     return Resources(**meta["resources"])
 
 
+Call = Callable[[], "torch.Tensor | None"]
+"""Runs a kernel on tensors that it is bound to, on the current stream, and checks nothing.
+
+Returns None where the kernel writes into the `out` that it was given, else the output that it made,
+of the same shape."""
+
+
 class Kernel(ABC):
     """A loaded kernel.
 
     Attributes:
         artifact: where it came from.
+        gives_lse: whether it is the same kernel that also writes lse where it is asked to.
     """
+
+    gives_lse = True
 
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
@@ -130,7 +140,7 @@ class Kernel(ABC):
             that depends on the shape, such as the grid, is computed here and not per call.
         """
 
-    def __call__(
+    def bind(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -142,8 +152,10 @@ class Kernel(ABC):
         *,
         problem: Problem | None = None,
         descales: Sequence[torch.Tensor | None] = (),
-    ) -> None:
-        """Run once on the current stream: for tests and tuning, not the hot path.
+    ) -> Call:
+        """Prepare calls on these tensors: for tests and tuning, not the hot path.
+
+        The caller keeps them alive: kernels know addresses.
 
         Args:
             q: query, (batch, seqlen_q, num_heads, head_dim) for layout "bshd".
@@ -167,4 +179,25 @@ class Kernel(ABC):
             last = torch.cuda.current_stream(q.device).cuda_stream
         else:
             last = torch.get_num_threads()
-        launch(*pointers, softmax_scale, last)
+        return partial(launch, *pointers, softmax_scale, last)
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        softmax_scale: float,
+        layout: str = "bshd",
+        *,
+        problem: Problem | None = None,
+        descales: Sequence[torch.Tensor | None] = (),
+    ) -> None:
+        """Run once on the current stream; arguments as for `bind`."""
+        call = self.bind(
+            q, k, v, out, lse, softmax_scale, layout, problem=problem, descales=descales
+        )
+        made = call()
+        if made is not None:
+            out.copy_(made)

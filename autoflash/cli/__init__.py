@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import warnings
 from functools import partial
@@ -416,11 +417,14 @@ def export(
 
     use(database=database)
     target = exporting.target(form)
+    if target.op is not None:
+        selection = dataclasses.replace(selection, op=target.op)
     with Database.open() as db:
         chosen = exporting.select(
             db,
             catalog.installed(),
             templates=target.templates,
+            op=target.op,
             device_key=device_key(device, db),
             arch=arch,
             stand_ins=target.stand_ins,

@@ -16,8 +16,8 @@ import typer
 
 from autoflash.device import Device
 from autoflash.dispatch_table import DispatchTable, Family
-from autoflash.errors import InvalidInput
-from autoflash.problem import ELEMENT_SIZES, Problem
+from autoflash.errors import InvalidInput, UnknownName
+from autoflash.problem import ELEMENT_SIZES, FOREIGN_OPS, Problem
 from autoflash.record import Record
 from autoflash.workload import listing
 
@@ -33,6 +33,8 @@ _GPU_TOKENS = 16384
 _GPU_HIDDEN = 2048
 """num_heads * head_dim where only head_dim is given, likewise."""
 
+_OPS = ("fwd", *FOREIGN_OPS)
+"""What --op takes; of 8 bits "fwd" is fwd_fp8."""
 _LONG = 1 << 20
 """Rows that no model's sliding window covers."""
 
@@ -47,7 +49,8 @@ class Selection:
 
     Sizes are comma lists and every combination of them is meant. Beside --grid or --problems
     they choose among the problems named there; beside --shape only --dtype has a meaning. Beside
-    --preset, --batch, --seqlen, --seqlen-k and --dtype give the sizes, the others choose.
+    --preset, --batch, --seqlen, --seqlen-k and --dtype give the sizes, the others choose. Whatever
+    is named, --op makes problems of that op of it.
     """
 
     grid: Annotated[str | None, _option("--grid", "A named set of problems.", "NAME")] = None
@@ -110,6 +113,19 @@ class Selection:
     softcap: Annotated[
         str | None, _option("--softcap", "Scores are capped to this; 0 is off.", "X,X...")
     ] = None
+    op: Annotated[
+        str | None,
+        _option(
+            "--op",
+            "Whose kernels: fwd is autoflash's own, flex PyTorch's FlexAttention. Without it, as "
+            "the problems' names say.",
+            "fwd|flex",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.op not in (None, *_OPS):
+            raise UnknownName.of("op", self.op, _OPS)
 
     def problems(self, device: Device) -> list[Problem]:
         """The problems asked for, without repeats, in the order of the options.
@@ -139,6 +155,7 @@ class Selection:
         for preset in self._presets:
             named.update(dict.fromkeys(self._expanded(preset, device)))
         named.update(_of_file(self.file))
+        named = {self._of_op(problem): count for problem, count in named.items()}
         if self._named:
             chosen = {p: count for p, count in named.items() if self.admits(p)}
             if not chosen:
@@ -149,7 +166,7 @@ class Selection:
         elif self._sizes_given and not self.shape:
             chosen = dict.fromkeys(self._product(device))
         elif not self.shape:
-            chosen = dict.fromkeys(_of_grid(default_grid(device)))
+            chosen = dict.fromkeys(map(self._of_op, _of_grid(default_grid(device))))
         else:
             chosen = {}
         return {**chosen, **{p: chosen.get(p) for p in self._shapes()}}
@@ -161,13 +178,16 @@ class Selection:
         if not (self._named or self.shape):
             return [record for record in records if self.admits(record.problem)]
         models = self._presets
-        named = {*_of_grid(self.grid), *_of_file(self.file)}
+        named = map(self._of_op, {*_of_grid(self.grid), *_of_file(self.file)})
         wanted = {*filter(self.admits, named), *self._shapes()}
         return [
             record
             for record in records
             if record.problem in wanted
-            or (self.admits(record.problem) and any(p.asks_for(record.problem) for p in models))
+            or (
+                self.admits(record.problem)
+                and any(model.asks_for(record.problem.forward) for model in models)
+            )
         ]
 
     def concerning(self, tables: Iterable[DispatchTable]) -> list[DispatchTable]:
@@ -197,11 +217,16 @@ class Selection:
                 not self._given(option) or getattr(problem, name) in self._numbers(option)
                 for option, name in _FIELDS.items()
             )
+            and self._of_op(problem) == problem
             and (self.dtype is None or problem.dtype in words(self.dtype))
             and (self.causal is None or problem.causal == self.causal)
             and (self.window is None or self._has_window(problem))
             and (self.softcap is None or problem.softcap in self._softcaps)
         )
+
+    def _of_op(self, problem: Problem) -> Problem:
+        """The problem as one of --op."""
+        return problem if self.op is None else dataclasses.replace(problem, op=self.op)
 
     def _has_window(self, problem: Problem) -> bool:
         left, right = self._window
@@ -218,7 +243,8 @@ class Selection:
                 "which gives every size; use one or the other."
             )
         dtypes = words(self.dtype) if self.dtype else ["bfloat16"]
-        return [Problem.parse(text, dtype) for text in self.shape or () for dtype in dtypes]
+        named = (Problem.parse(text, dtype) for text in self.shape or () for dtype in dtypes)
+        return [self._of_op(problem) for problem in named]
 
     def _product(self, device: Device) -> list[Problem]:
         gpu = device.is_cuda
@@ -254,6 +280,7 @@ class Selection:
                 usual_heads = kv_heads * max(1, usual_heads // kv_heads)
             num_heads = usual_heads if heads is None else heads
             problem = Problem(
+                op=self.op or "fwd",
                 dtype=dtype,
                 batch=usual_batch if batch is None else batch,
                 seqlen_q=rows,

@@ -17,7 +17,7 @@ from autoflash.problem import Problem
 class Catalog:
     """The templates of one folder, by name.
 
-    A file `<family>/<kernel>.<py|cu|cpp>.jinja` is the kernel `<family>/<kernel>`; a leading
+    A file `<family>/<kernel>.<py|cu|cpp|flex>.jinja` is the kernel `<family>/<kernel>`; a leading
     underscore marks a part that kernels share.
     """
 

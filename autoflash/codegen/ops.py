@@ -153,7 +153,9 @@ FWD_FP8 = Op(
         *_SCALARS,
     ),
 )
-OPS = {op.name: op for op in (FWD, FWD_FP8)}
+FLEX = Op("flex", FWD.arguments)
+"""FlexAttention's forward. Its kernels take tensors in place of addresses (Kernel.bind)."""
+OPS = {op.name: op for op in (FWD, FWD_FP8, FLEX)}
 
 
 def get(name: str) -> Op:

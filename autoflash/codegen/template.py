@@ -31,7 +31,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-LANGUAGES = {".py.jinja": "python", ".cu.jinja": "cuda", ".cpp.jinja": "cpp"}
+LANGUAGES = {
+    ".py.jinja": "python",
+    ".cu.jinja": "cuda",
+    ".cpp.jinja": "cpp",
+    ".flex.jinja": "flex",
+}
 """File ending -> language of the rendered source."""
 
 _DECLARATION = re.compile(r"\A\s*\{#-*\n(?P<toml>.*?)-*#\}", re.DOTALL)
@@ -60,7 +65,8 @@ class Source:
 
     Attributes:
         template: name of the template it came from.
-        language: "python" (Triton, Gluon), "cuda" or "cpp".
+        language: "python" (Triton, Gluon), "cuda", "cpp" or "flex" (Python that calls PyTorch's
+            FlexAttention).
         text: the source itself.
         op: its argument list.
         dtype: element type of the pointers.
@@ -101,7 +107,7 @@ class Template:
     Attributes:
         name: path below the templates folder without ending, such as "triton/fwd".
         path: the file.
-        language: "python", "cuda" or "cpp".
+        language: as in Source.
         summary: one line saying what kernel this is.
         source: the paper section or file whose idea it follows.
         op: which argument list it implements (codegen/ops.py).

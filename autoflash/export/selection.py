@@ -84,6 +84,7 @@ def select(
     catalog: Catalog,
     *,
     templates: str,
+    op: str | None = None,
     device_key: str | None = None,
     arch: str | None = None,
     stand_ins: bool = False,
@@ -97,6 +98,7 @@ def select(
         db: where they are.
         catalog: the templates as installed; winners of other digests are left out.
         templates: glob of the names of templates that the target is for.
+        op: of the problems, where those are foreign (Problem.is_foreign); None: none is.
         device_key: Device.key; with arch None, the only device that has winners is meant.
         arch: devices of this arch only.
         stand_ins: where no such winner holds, because another kind of kernel is faster or its
@@ -117,24 +119,33 @@ def select(
     def entry(record: Record, won: bool) -> Entry:
         return Entry(record, catalog.get(record.config.template), won)
 
+    def of_op(record: Record) -> bool:
+        return record.problem.op == op if op else not record.problem.is_foreign
+
     def tried(key: str | None) -> list[Record]:
         found = [r for name in current for r in db.trials(device_key=key, template=name)]
         return [
             record
             for record in choose(found)
-            if record.template_digest == current[record.config.template]
+            if of_op(record)
+            and record.template_digest == current[record.config.template]
             and arch in (None, record.device.arch)
         ]
 
     best = db.bests(arch=arch, device_key=device_key)
-    winners = [r for r in choose(best) if fnmatch.fnmatchcase(r.config.template, templates)]
+    winners = [
+        record
+        for record in choose(best)
+        if fnmatch.fnmatchcase(record.config.template, templates) and of_op(record)
+    ]
     faults = [_fault(record, catalog) for record in winners]
     held = [record for record, fault in zip(winners, faults, strict=True) if fault is None]
     others = []
     if stand_ins:
         sound = [r for r in tried(device_key) if r.is_measured and _fault(r, catalog) is None]
         others = _fastest(sound, besides=held)
-    device = _only_device([*winners, *others], best, templates, db)
+    how = f"--op {op}" if op else f"--templates {templates!r}"
+    device = _only_device([*winners, *others], best, templates, how, db)
     left_out = Counter(fault for fault in faults if fault is not None)
     if not held and not others:
         reasons = "; ".join(f"{reason} ({count})" for reason, count in left_out.items())
@@ -185,7 +196,7 @@ def _fastest(trials: Sequence[Record], *, besides: Sequence[Record]) -> list[Rec
 
 
 def _only_device(
-    wanted: Sequence[Record], best: Sequence[Record], templates: str, db: Database
+    wanted: Sequence[Record], best: Sequence[Record], templates: str, how: str, db: Database
 ) -> Device:
     """The device that all records are of, or an InvalidInput that says what is there."""
     keys = {record.device.key: record.device for record in wanted}
@@ -196,8 +207,7 @@ def _only_device(
         raise InvalidInput(
             f"of the {len(best)} best records none is of a template like {templates!r} and among "
             f"what was asked for, nor is a trial that could stand in. `autoflash show` lists them "
-            f"(devices: {', '.join(devices) or 'none'}), and `autoflash tune --templates "
-            f"{templates!r}` makes some."
+            f"(devices: {', '.join(devices) or 'none'}), and `autoflash tune {how}` makes some."
         )
     named = ", ".join(sorted({device.slug for device in keys.values()}))
     raise InvalidInput(

@@ -61,6 +61,7 @@ class Target:
         name: on the command line.
         summary: one line: what it is and who loads it.
         templates: glob of the names of templates whose winners it takes.
+        op: of the problems that it is of, where those are not attention()'s.
         stand_ins: whether the fastest trial of its templates will do where none of them won: what
             it writes is for a kernel of that kind, and is of use however fast others are.
         trials: whether it writes trials, not winners only.
@@ -71,6 +72,7 @@ class Target:
     name: str
     summary: str
     templates: str
+    op: str | None = None
     stand_ins: bool = False
     trials: bool = False
     files: Callable[[Selection, Options], Mapping[str, str | bytes]]

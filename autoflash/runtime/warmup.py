@@ -64,6 +64,12 @@ def warmup(
     if isinstance(problems, Problem | str):
         problems = [problems]
     asked = [Problem.parse(each) if isinstance(each, str) else each for each in problems]
+    for problem in asked:
+        if problem.is_foreign:
+            raise InvalidInput(
+                f"{problem.name}: attention() serves no problem of op {problem.op}, so that there "
+                f"is nothing to build for it; {problem.forward.name} is the same call of it."
+            )
     place = _place(device)
     serving.reload()
     return [_warm(problem, place) for problem in asked]

@@ -59,8 +59,9 @@ def call_us(problem: Problem, device: Device, catalog: Catalog) -> float:
     """One call with the fastest default, as the static model predicts it before compilation.
 
     On a CPU, and where no template takes the problem, it is what half of the peak rate of the
-    device, or of its memory, allows.
+    device, or of its memory, allows. The model knows our kernels: they stand for foreign ones.
     """
+    problem = problem.forward
     if device.is_cuda:
         predicted = min(_predicted_us(problem, device, catalog), default=math.inf)
         if math.isfinite(predicted):

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from autoflash import build
-from autoflash.build.kernel import Kernel
-from autoflash.codegen import ops
+from autoflash.build.kernel import Call, Kernel
 from autoflash.device import Device
 from autoflash.errors import CacheError, ToolchainMissing
 from autoflash.problem import Problem
@@ -251,26 +250,35 @@ class _Bench:
         self.problem, self.device = problem, device
         self.timer = Timer(device, seed=seed)
         self.inputs = make_inputs(problem, device, seed)
+        self._foreign: dict[str, Kernel] = {}  # source digest -> kernel, compiled as it first ran
 
     def build(self, source: Mapping[str, Any]) -> Kernel:
         """The kernel of a source: found compiled, or compiled now, or built elsewhere."""
-        return _kernel(source, self.device)
+        wanted = wire.source_from_dict(source)
+        kernel = self._foreign.get(wanted.digest)
+        if kernel is None:
+            kernel = _kernel(source, self.device)
+        if self.problem.is_foreign:
+            self._foreign[wanted.digest] = kernel
+        return kernel
 
-    def call(self, kernel: Kernel) -> Callable[[], None]:
-        """One launch on the inputs, without LSE, as `attention()` makes it by default."""
-        import torch
+    def call(self, kernel: Kernel) -> Call:
+        """One call on the inputs, without LSE, as `attention()` makes it by default.
 
+        An address keeps no tensor alive: self does, for as long as calls are made.
+        """
         inputs = self.inputs
-        tensors = (inputs.q, inputs.k, inputs.v, inputs.out)
-        launch = kernel.prepare(ops.fwd_scalars(tensors, inputs.layout, self.problem))
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        descales = [descale.data_ptr() for descale in inputs.descales]
-        if self.device.is_cuda:
-            last = torch.cuda.current_stream().cuda_stream
-        else:
-            last = torch.get_num_threads()
-        # An address keeps no tensor alive: self does, for as long as calls are made.
-        return partial(launch, *pointers, 0, *descales, inputs.softmax_scale, last)
+        return kernel.bind(
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            inputs.out,
+            None,
+            inputs.softmax_scale,
+            inputs.layout,
+            problem=self.problem,
+            descales=inputs.descales,
+        )
 
     def best_of_torch(self) -> tuple[str | None, Callable[[], object] | None]:
         """The fastest of PyTorch's own implementations that run here, by a few calls of each."""

@@ -153,6 +153,7 @@ def generalise(
             record
             for record in winners
             if record.is_measured
+            and not record.problem.is_foreign  # tables serve attention()
             and (record.device.key, record.policy) == (device.key, policy)
             and run.is_current(record)
         ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from autoflash.device import Device
 from autoflash.errors import UnknownName
-from autoflash.problem import OP_OF_DTYPE, Problem
+from autoflash.problem import FOREIGN_OPS, OP_OF_DTYPE, Problem
 from autoflash.tuning.formula import descaled, hidden, naive, visible
 
 if TYPE_CHECKING:
@@ -250,7 +250,13 @@ def _make_naive_scaled(
     return call
 
 
-def _make_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Call:
+def _make_flex(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    problem: Problem,
+    mode: str | None = "max-autotune-no-cudagraphs",
+) -> Call:
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -259,7 +265,7 @@ def _make_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Probl
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     _quiet_inductor()
-    compiled: Any = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
+    compiled: Any = torch.compile(flex_attention, dynamic=False, mode=mode)
     offset, softcap = problem.seqlen_k - problem.seqlen_q, problem.softcap
     far = problem.seqlen_q + problem.seqlen_k
     left, right = _window(problem, far)
@@ -292,6 +298,13 @@ def _make_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Probl
         return out
 
     return call
+
+
+def _make_flex_default(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Call:
+    """As tuned FlexAttention is run: on views of what lies as models have it."""
+    heads_first = [tensor.transpose(1, 2) for tensor in (q, k, v)]
+    call = _make_flex(heads_first[0], heads_first[1], heads_first[2], problem, mode=None)
+    return lambda: call().transpose(1, 2)
 
 
 def _quiet_inductor() -> None:
@@ -390,8 +403,12 @@ def _only_half(problem: Problem, device: Device) -> str | None:
 
 
 def _only_forward(problem: Problem, device: Device) -> str | None:
-    forward = problem.op in ("fwd", *OP_OF_DTYPE.values())
+    forward = problem.op in ("fwd", *OP_OF_DTYPE.values(), *FOREIGN_OPS)
     return None if forward else f"op {problem.op} is not compared"
+
+
+def _only_flex(problem: Problem, device: Device) -> str | None:
+    return None if problem.op == "flex" else "is compared on problems of op flex"
 
 
 def _not_8_bits(problem: Problem, device: Device) -> str | None:
@@ -520,6 +537,8 @@ PEERS = {
               is_fused=False),
         _peer("flex", "FlexAttention, max-autotune", "bhsd", _make_flex, _only_gpu,
               builds_with_triton=True),
+        _peer("flex_default", "FlexAttention as torch.compile makes it without options", "bshd",
+              _make_flex_default, _only_flex, builds_with_triton=True),
         _peer("flash_attn2", "package flash-attn 2", "bshd",
               _flash_attn("flash_attn.flash_attn_interface"), _only_gpu, _only_half,
               _arch_from(80), _same_dims, _dim_up_to(256),

@@ -22,7 +22,7 @@ from autoflash.tuning.timing import policy_for
 if TYPE_CHECKING:
     from autoflash.database import Database
 
-COMPILE_S = {"python": 0.9, "cpp": 3.0, "cuda": 13.0}
+COMPILE_S = {"python": 0.9, "cpp": 3.0, "cuda": 13.0, "flex": 5.0}
 """Seconds of one compilation on one core, where no record tells."""
 _EVALUATE_S = 0.3
 _START_S = 6.0  # a worker that imports torch
@@ -138,10 +138,12 @@ def plan(
         estimate = 0.0
         if trials:
             weighted = sum(part.compile_s * part.feasible for part in parts) / feasible_count
-            compiling = trials * weighted / jobs
+            # A foreign kernel is compiled in the process that runs it, one at a time.
+            compiling = trials * weighted / (1 if problem.is_foreign else jobs)
             running = trials * _EVALUATE_S if present else 0.0
             # On a GPU the two overlap; on a CPU they take turns.
-            estimate = max(compiling, running) if device.is_cuda else compiling + running
+            overlap = device.is_cuda and not problem.is_foreign
+            estimate = max(compiling, running) if overlap else compiling + running
             finals_s = budget.finalist_ms(device) / 1e3 * (budget.finalists + 2)
             estimate += finals_s if present else 0.0
             estimate = min(estimate, seconds) if seconds is not None else estimate

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from autoflash.build.kernel import Kernel
+from autoflash.build.kernel import Call, Kernel
 from autoflash.device import Device
 from autoflash.problem import Problem
 from autoflash.tuning.expected import Case, Check, make_case, usual_q_factor
@@ -54,7 +54,11 @@ def stress_cases(problem: Problem) -> list[Stress]:
 
     A window is known to kernels only when they are launched, so that small ones say as much of a
     kernel as the problem's own; where they hide nothing, a case has none.
+
+    A foreign kernel has none: it is compiled for the sizes of its problem alone.
     """
+    if problem.is_foreign:
+        return []
     heads = min(problem.num_kv_heads, 2)
 
     def shaped(
@@ -124,9 +128,7 @@ def prepare(problem: Problem, device: Device, *, seed: int = 0) -> None:
         _make_last(Stress(problem), device, seed)
 
 
-def check_timed(
-    call: Callable[[], None], inputs: Inputs, device: Device, *, seed: int = 0
-) -> Check:
+def check_timed(call: Call, inputs: Inputs, device: Device, *, seed: int = 0) -> Check:
     """Whether a call is still right after it was timed, on values that it was not timed on.
 
     The tensors stay where they are and get other values for one more call. Whoever answers from
@@ -134,7 +136,7 @@ def check_timed(
     in place, remembers results by addresses, or is right on one set of inputs.
 
     Args:
-        call: writes inputs.out, without LSE.
+        call: writes inputs.out, or returns what it made in its place; without LSE.
         inputs: what it was timed on; they are as before afterwards.
         device: where it runs.
         seed: as given to `check`, whose reference is used.
@@ -142,7 +144,9 @@ def check_timed(
     case = _intact(_make_last, Stress(inputs.problem), device, seed)
     with _one_thread(), inputs.holding(case.inputs):
         inputs.poison()
-        call()
+        made = call()
+        if made is not None:
+            inputs.out.copy_(made)
         reason = inputs.damage(lse=False)
         verdict = Check(False, reason=reason, harmed=inputs.overrun()) if reason else Check(True)
         if verdict.ok:
@@ -219,6 +223,7 @@ def _check(
     twice: bool,
 ) -> Check:
     inputs = case.inputs
+    lse = lse and kernel.gives_lse
     before = inputs.fingerprint()
 
     def run() -> str | None:
@@ -242,8 +247,9 @@ def _check(
     if not verdict.reason:
         verdict = case.compare(inputs.out, inputs.lse if lse else None)
     if verdict.ok and twice:
-        once = (inputs.out.clone(), inputs.lse.clone())
-        reason = run() or _moved(once, (inputs.out, inputs.lse))
+        written = (inputs.out, inputs.lse) if lse else (inputs.out,)
+        once = tuple(tensor.clone() for tensor in written)
+        reason = run() or _moved(once, written)
         verdict = verdict._replace(ok=not reason, reason=reason or "")
     if verdict.ok:
         return verdict
@@ -255,7 +261,7 @@ def _moved(once: tuple[torch.Tensor, ...], again: tuple[torch.Tensor, ...]) -> s
     """Where two runs on the same inputs differ in a bit."""
     import torch
 
-    for name, one, two in zip(("out", "lse"), once, again, strict=True):
+    for name, one, two in zip(("out", "lse"), once, again, strict=False):
         words = getattr(torch, f"int{8 * one.element_size()}")
         differs = one.view(words) != two.view(words)
         if bool(differs.any()):

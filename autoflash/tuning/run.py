@@ -199,8 +199,14 @@ class Run:
 
 
 def refusal(template: Template, problem: Problem, device: Device) -> str | None:
-    """Why a template cannot be tuned: it does not take the problem, or lacks its compiler."""
-    return template.refusal(problem, device) or build.unavailable(template.language)
+    """Why a template cannot be tuned: it does not take the problem, or lacks its compiler.
+
+    That of a foreign kernel is the device itself.
+    """
+    reason = template.refusal(problem, device) or build.unavailable(template.language)
+    if reason is None and problem.is_foreign and not is_present(device):
+        return "the device itself, which is not here: its library compiles for what it finds"
+    return reason
 
 
 def is_present(device: Device) -> bool:

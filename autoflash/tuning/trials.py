@@ -33,6 +33,8 @@ CANARIES = 3
 LEAST_DEADLINE_S, SLOWER = 10.0, 20.0
 """A candidate hangs that takes so many times as long as the longest that came through, and so long
 at least: a machine that is busy with other things slows down everything by less."""
+COMPILE_LIMIT_S = 120.0
+"""Longest that a foreign kernel may compile: it does so in the process that runs it."""
 _HELLO = "hello"
 _CALLS = 10  # of a candidate, to check and to time it
 _TIMED = ("ok", "slow")
@@ -89,7 +91,9 @@ class Trials:
         # On a CPU compilers would disturb what is timed: a batch is compiled, then measured.
         self._exclusive = not run.device.is_cuda
         # On a GPU no more than keeps all compilers busy: each proposal learns from what is known.
-        self._batch = 2 * run.jobs if self._exclusive else run.jobs + 2
+        # Foreign kernels are compiled as they run, one by one.
+        jobs = 1 if problem.is_foreign else run.jobs
+        self._batch = 2 * jobs if self._exclusive else jobs + 2
         self._compiling: dict[str, _Candidate] = {}
         self._ready: list[_Candidate] = []
         self._running: _Candidate | None = None
@@ -244,7 +248,7 @@ class Trials:
         self._ready.remove(self._running)
         request = evaluate_request(run, self.problem, self._running.source, self.best_us)
         timeout_s = evaluate_timeout_s(run.effort, self.problem, run.device)
-        if self._warm:
+        if self._warm and not self.problem.is_foreign:
             timeout_s /= 3  # the inputs and what is expected of them are there already
             timeout_s = min(timeout_s, max(LEAST_DEADLINE_S, SLOWER * self._longest_s))
         run.workers.submit("device", self._running.source.digest, request, timeout_s)
@@ -400,7 +404,8 @@ def evaluate_request(
 def evaluate_timeout_s(effort: Effort, problem: Problem, device: Device) -> float:
     """After how long a candidate is taken to hang: ten calls at 2% of the peak come on top."""
     peak_flops = max(device.tflops_peak(problem.dtype), 0.01) * 1e12
-    return effort.evaluate_timeout_s + 10 * 50 * problem.flops / peak_flops
+    compiling_s = COMPILE_LIMIT_S if problem.is_foreign else 0.0
+    return effort.evaluate_timeout_s + compiling_s + 10 * 50 * problem.flops / peak_flops
 
 
 def explain(reply: Mapping[str, Any]) -> str:

@@ -45,12 +45,20 @@ CASES = {
         KNOWN_GPUS["sm90"],
         Problem.parse("b4s4096h16d128f-float8_e4m3fn"),
     ),
+    "sm90-flex-d128c-bfloat16": (
+        KNOWN_GPUS["sm90"],
+        Problem.parse("flex:b4s4096h32/8d128c-bfloat16"),
+    ),
+    "sm90-flex-d64w1023cap50-float16": (
+        KNOWN_GPUS["sm90"],
+        Problem.parse("flex:b1s4096x5000h16d64cw1023cap50-float16"),
+    ),
     "avx512-d64c-bfloat16": (AVX512, Problem.parse("b1s1024h8d64c-bfloat16")),
     "avx512-d128f-float32": (AVX512, Problem.parse("b1s1024h8d128f-float32")),
     "avx2-d80x48c-float16": (AVX2, Problem.parse("b1s1000h6/2d80x48c-float16")),
     "avx2-d64cw255cap50-float32": (AVX2, Problem.parse("b1s1000h8d64cw255cap50-float32")),
 }
-ENDINGS = {"python": "py", "cuda": "cu", "cpp": "cpp"}
+ENDINGS = {"python": "py", "cuda": "cu", "cpp": "cpp", "flex": "py"}
 
 
 def rendered() -> list[tuple[str, Path, str]]:

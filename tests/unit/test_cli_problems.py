@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -262,3 +263,38 @@ def test_matching_keeps_the_records_of_the_problems_asked_for() -> None:
     assert Selection(preset=["llama3-8b"], batch="4").matching([layer]) == []
     with pytest.raises(InvalidInput, match="--top 3 says nothing of records"):
         Selection(top=3).matching([one])
+
+
+def test_an_op_makes_its_problems_of_whatever_is_named_and_chooses_among_records(
+    tmp_path: Path,
+) -> None:
+    for selection in (
+        Selection(shape=["b1s256h2d64c"], op="flex"),
+        Selection(shape=["flex:b1s256h2d64c"]),
+        Selection(
+            batch="1", seqlen="256", heads="2", head_dim="64", causal=True, dtype="bfloat16",
+            op="flex",
+        ),
+    ):  # fmt: skip
+        assert names(selection) == ["flex:b1s256h2/2d64c-bfloat16"]
+    assert {p.op for p in Selection(grid="fwd", op="flex").problems(SM80)} == {"flex"}
+    assert {p.op for p in Selection(op="flex").problems(CPU)} == {"flex"}
+    assert {p.op for p in Selection(preset=["llama3-8b"], op="flex").problems(SM80)} == {"flex"}
+    listed = tmp_path / "problems.txt"
+    listed.write_text("b1s256h2d64c 7\n")
+    assert [p.op for p in Selection(file=listed, op="flex").problems(SM80)] == ["flex"]
+    eight_bits = Selection(shape=["b1s64h2d64f"], dtype="float8_e4m3fn", op="fwd")
+    assert [p.op for p in eight_bits.problems(SM80)] == ["fwd_fp8"]
+    ours, theirs = (
+        SimpleNamespace(problem=Problem.parse(f"{op}b4s4096h32/8d128c-bfloat16"))
+        for op in ("", "flex:")
+    )
+    both = [ours, theirs]
+    assert Selection().matching(both) == both
+    assert Selection(op="flex").matching(both) == [theirs]
+    assert Selection(op="fwd").matching(both) == [ours]
+    assert Selection(grid="fwd").matching(both) == [ours]
+    assert Selection(grid="fwd", op="flex").matching(both) == [theirs]
+    assert Selection(preset=["llama3-8b"], op="flex").matching(both) == [theirs]
+    with pytest.raises(UnknownName, match="unknown op 'flx'"):
+        Selection(op="flx")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from autoflash.codegen.template import Template
 from autoflash.config import Config
 from autoflash.device import KNOWN_GPUS
 from autoflash.errors import InvalidInput, TemplateError, UnknownName
-from autoflash.problem import Problem
+from autoflash.problem import FOREIGN_OPS, Problem
 
 PROBLEM = Problem.parse("b1s1024h8d64f")
 SM80 = KNOWN_GPUS["sm80"]
@@ -235,6 +236,8 @@ def test_installed_templates_have_a_feasible_default_for_some_problem(template: 
         for dtype in ("float16", "bfloat16", "float32", "float8_e4m3fn"):
             for head_dim in (64, 128, 256):
                 problem = Problem.parse(f"b2s512h8/2d{head_dim}c-{dtype}")
+                if template.op in FOREIGN_OPS:
+                    problem = dataclasses.replace(problem, op=template.op)
                 if template.refusal(problem, where) is None:
                     config = template.default_config(problem, where)
                     assert template.broken(config, problem, where) is None

@@ -37,8 +37,8 @@ def _fresh() -> Iterator[None]:
 
 
 def test_the_peers_are_those_a_benchmark_promises() -> None:
-    promised = ("sdpa", "cudnn", "fa2", "efficient", "math", "flex", "flash_attn2", "flash_attn3",
-                "fa4", "naive")  # fmt: skip
+    promised = ("sdpa", "cudnn", "fa2", "efficient", "math", "flex", "flex_default", "flash_attn2",
+                "flash_attn3", "fa4", "naive")  # fmt: skip
     assert tuple(PEERS) == promised
     assert all(peer.name == name for name, peer in PEERS.items())
     assert set(peers.TORCH_PEERS) < set(PEERS)
