@@ -85,7 +85,7 @@ def _inductor(selection: Selection, entries: list[dict[str, Any]]) -> str:
 
 TARGET = Target(
     name="flex",
-    summary="kernel_options for PyTorch's FlexAttention, tuned on FlexAttention itself",
+    summary="The kernel_options of PyTorch's FlexAttention, tuned on FlexAttention itself.",
     templates="flex/*",
     files=files,
     op="flex",

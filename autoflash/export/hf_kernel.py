@@ -212,7 +212,7 @@ lengths are read from the device: no CUDA graph can capture that.
 
 TARGET = Target(
     name="hf-kernel",
-    summary="a repository for Hugging Face kernels; transformers loads it by its name",
+    summary="A repository for Hugging Face kernels; transformers loads it by its name.",
     templates="*",
     files=hf_files,
 )

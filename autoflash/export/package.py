@@ -322,7 +322,7 @@ def _libraries(known: Iterable[Kernel], options: Options) -> dict[str, bytes]:
 
 TARGET = Target(
     name="package",
-    summary="a Python package that pip installs, on torch and triton alone; FA-style functions",
+    summary="A Python package that pip installs, on torch and triton alone; FA-style functions.",
     templates="*",
     files=package_files,
 )

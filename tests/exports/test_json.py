@@ -148,7 +148,8 @@ def test_the_csv_is_the_same_table(h200: Document) -> None:
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     assert text.startswith("# Made by autoflash")
     rows = list(csv.DictReader(lines))
-    assert len(rows) == len(h200["entries"]) == 44
+    records = [line for line in H200.read_text().splitlines() if "problem" in json.loads(line)]
+    assert len(rows) == len(h200["entries"]) == len(records) > 0
     for row, entry in zip(rows, h200["entries"], strict=True):
         assert json.loads(row["config"]) == entry["config"]
         assert float(row["latency_us"]) == entry["latency_us"]
