@@ -189,8 +189,8 @@ def _by_torch(
 ) -> Output:
     """What the replaced kernel does: to call this operator, in another layout."""
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
-    out, *lse, seed, offset, mask = torch.ops.aten._flash_attention_forward.default(
+    out, lse, seed, offset, mask = torch.ops.aten._flash_attention_forward.default(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
         None, None, seqlen_q, seqlen_k, dropout_p, is_causal, return_debug_mask, scale=scale,
     )  # fmt: skip
-    return out.transpose(1, 2), *lse, None, None, seqlen_q, seqlen_k, seed, offset, mask
+    return out.transpose(1, 2), lse, None, None, seqlen_q, seqlen_k, seed, offset, mask

@@ -237,6 +237,22 @@ def test_compiled_code_follows_the_context() -> None:
     assert not any("autoflash" in target for target in graphs[-1])
 
 
+@IMPORTS_TORCHSCRIPT
+@torch.inference_mode()
+def test_what_compilers_keep_as_one_call_stays_with_pytorch() -> None:
+    # Their caches know such a call by its name, so that inside it nothing may depend on a context.
+    torch._dynamo.reset()
+    model, x = encoder(), some(2, 17, 32)
+    expected = model(x)
+    anew = torch._functorch.config.patch(enable_autograd_cache=False)
+    with anew, route_sdpa() as routed:
+        got = torch.compile(model, backend="aot_eager")(x)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert routed.served == 0
+    assert set(routed.left) == {"nested tensor or subclass"}
+    assert not serving.prepared
+
+
 # The context ------------------------------------------------------------------------------------
 
 
