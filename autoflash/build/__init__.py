@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from autoflash.build.kernel import Artifact, Kernel, Launch, Resources
+from autoflash.build.library import LIBRARY
 from autoflash.build.memory import jobs_within_memory
 from autoflash.codegen.template import Source
 from autoflash.device import Device
 from autoflash.errors import BuildError
 
 __all__ = [
-    "Artifact", "Kernel", "Launch", "Resources", "build", "compile_source", "jobs_within_memory",
-    "load", "missing", "unavailable",
+    "LIBRARY", "Artifact", "Kernel", "Launch", "Resources", "build", "compile_source",
+    "jobs_within_memory", "load", "missing", "unavailable",
 ]  # fmt: skip
 
 

@@ -54,9 +54,8 @@ def compile_source(source: Source, device: Device) -> Artifact:
         ToolchainMissing: there is no compiler, or no ninja.
         CacheError: the result cannot be stored.
     """
-    flags = (*_BASE_FLAGS, *(_ISA_FLAGS[flag] for flag in device.isa if flag in _ISA_FLAGS))
-    entry = library.entry_text(ops.get(source.op), _LAST, source.text)
-    request = _digest(source.digest, entry, *flags)
+    flags = _flags(device)
+    request = _digest(source.digest, _entry(source), *flags)
     try:
         compiler, version = _compiler(settings.get().cxx)
     except ToolchainMissing:
@@ -67,7 +66,7 @@ def compile_source(source: Source, device: Device) -> Artifact:
 
     def fill(directory: Path) -> None:
         started = time.perf_counter()
-        (directory / _SOURCE).write_text(source.text + entry, encoding="utf-8")
+        (directory / _SOURCE).write_text(compiled_text(source), encoding="utf-8")
         (directory / "build.ninja").write_text(ninja_text(compiler, version, flags))
         library.run_ninja(directory, _ERROR_LINE, COMPILE_TIMEOUT_S)
         resources = Resources(
@@ -79,6 +78,28 @@ def compile_source(source: Source, device: Device) -> Artifact:
     digest = _digest(request, version)
     directory = build_cache.find_or_make(digest, fill, request=request)
     return Artifact(source, device.arch, digest, directory, read_resources(directory))
+
+
+def compiled_text(source: Source) -> str:
+    """What the compiler is given of a source: its text, and the entry point for Python's calls."""
+    return source.text + _entry(source)
+
+
+def command(device: Device, source: str, library: str) -> str:
+    """How a shell makes `library` of the file `source`.
+
+    Linked in a step of its own, and to no OpenMP runtime: see `_openmp_runtime`.
+    """
+    compile_it = " ".join(("g++", *_flags(device), "-c", "-o", f"{library}.o", source))
+    return f"{compile_it} && g++ -shared -o {library} {library}.o"
+
+
+def _entry(source: Source) -> str:
+    return library.entry_text(ops.get(source.op), _LAST, source.text)
+
+
+def _flags(device: Device) -> tuple[str, ...]:
+    return (*_BASE_FLAGS, *(_ISA_FLAGS[flag] for flag in device.isa if flag in _ISA_FLAGS))
 
 
 def _digest(*parts: str) -> str:

@@ -69,7 +69,7 @@ def compile_source(source: Source, device: Device) -> Artifact:
         CacheError: the result cannot be stored.
     """
     options = _launch_options(source)
-    flags, entry = _flags(device), _entry(source)
+    flags = _flags(device)
     request = _request(source, device)
     try:
         compiler, headers = nvcc.compiler(), nvcc.headers()
@@ -83,7 +83,7 @@ def compile_source(source: Source, device: Device) -> Artifact:
 
     def fill(directory: Path) -> None:
         began = time.perf_counter()
-        (directory / SOURCE).write_text(source.text + entry, encoding="utf-8")
+        (directory / SOURCE).write_text(compiled_text(source), encoding="utf-8")
         text = ninja_text(compiler, headers, flags)
         (directory / "build.ninja").write_text(text, encoding="utf-8")
         try:
@@ -117,6 +117,17 @@ def compile_source(source: Source, device: Device) -> Artifact:
     digest = _digest(request, compiler.version, headers.version)
     directory = build_cache.find_or_make(digest, fill, request=request)
     return Artifact(source, device.arch, digest, directory, read_resources(directory))
+
+
+def compiled_text(source: Source) -> str:
+    """What nvcc is given of a source: its text, and the entry point that calls from Python take."""
+    return source.text + _entry(source)
+
+
+def command(device: Device, source: str, library: str) -> str:
+    """How a shell makes `library` of the file `source`; $CUTLASS is a checkout of CUTLASS."""
+    link = (*_LINK_FLAGS, "-I$CUTLASS/include", "-o")
+    return " ".join(("nvcc", *_flags(device), *link, library, source))
 
 
 def is_built(source: Source, device: Device) -> bool:

@@ -140,7 +140,7 @@ def _compile(source: Source, device: Device, directory: Path) -> tuple[Resources
     job = {
         "capability": device.capability,
         "signature": ops.get(source.op).triton_signature(source.dtype),
-        "divisible": _divisible(source),
+        "divisible": divisible(source),
         "options": dict(source.options),
     }
     began = time.perf_counter()
@@ -198,7 +198,7 @@ _NEXT = "autoflash: the next function\n"
 """What the child prints between two functions, so that what ptxas says of each is known."""
 
 
-def _divisible(source: Source) -> list[tuple[int, int]]:
+def divisible(source: Source) -> list[tuple[int, int]]:
     """(argument, divisor) of what is a multiple of 16 bytes: addresses, and strides in elements."""
     elements = 16 // ELEMENT_SIZES[source.dtype]
     found = []

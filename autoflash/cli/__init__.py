@@ -423,7 +423,8 @@ def export(
             choose=selection.matching,
             chosen_tables=selection.concerning,
         )
-    files = target.files(chosen, exporting.Options(name=name, binaries=binaries))
+    options = exporting.Options(name=name, binaries=binaries, progress=output.remark)
+    files = target.files(chosen, options)
     exported(exporting.write(out, target.name, chosen, files), chosen, as_json)
 
 

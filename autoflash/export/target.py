@@ -28,10 +28,12 @@ class Options:
     Attributes:
         name: of the package or the like; None leaves it to the target.
         binaries: whether kernels are compiled now and shipped, where the target can do so.
+        progress: told what takes long, a line at a time.
     """
 
     name: str | None = None
     binaries: bool = True
+    progress: Callable[[str], None] = lambda line: None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
