@@ -120,6 +120,7 @@ def test_calls_that_stay_with_pytorch(reason: str) -> None:
     assert got.requires_grad == (reason == "gradients")
 
 
+@IMPORTS_TORCHSCRIPT
 def test_forward_mode_gradients_stay_with_pytorch() -> None:
     q, k, v = qkv(1, 2, 9, 16)
     with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), route_sdpa() as routed:
