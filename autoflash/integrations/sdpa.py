@@ -213,10 +213,18 @@ def _serve(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None
             k, v = k[:, :, :rows], v[:, :, :rows]
         elif rows > keys:
             is_causal, window = False, (None, rows - keys)
+    # As PyTorch's kernels do: what was (batch, seqlen, ...) in memory is so again, and the caller's
+    # transposing and reshaping of it copies nothing.
+    by_rows = q.stride(1) < q.stride(2)
+    if by_rows:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    layout = "bshd" if by_rows else "bhsd"
     out = attention(
-        q, k, v, causal=is_causal, window_size=window, softmax_scale=scale, layout="bhsd"
+        q, k, v, causal=is_causal, window_size=window, softmax_scale=scale, layout=layout
     )
     assert isinstance(out, Tensor)
+    if by_rows:
+        out = out.transpose(1, 2)
     return out if out.shape == shape else out.view(shape)
 
 

@@ -67,6 +67,7 @@ SERVED = {
     "two dimensions": (tuple(x[0, 0] for x in qkv(1, 1, 17, 16)), {"is_causal": True}),
     "three dimensions": (tuple(x[0] for x in qkv(1, 3, 17, 16)), {}),
     "five dimensions": (qkv(2, 2, 3, 17, 16), {"is_causal": True}),
+    "packed, five dimensions": (some(2, 2, 17, 3, 3, 16).permute(3, 0, 1, 4, 2, 5).unbind(0), {}),
     "packed": (some(2, 17, 3, 3, 16).permute(2, 0, 3, 1, 4).unbind(0), {"is_causal": True}),
 }
 
@@ -79,6 +80,8 @@ def test_calls_that_autoflash_serves(name: str) -> None:
         got = F.scaled_dot_product_attention(*tensors, **options)
     assert (routed.served, routed.left) == (1, {})
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+    if name.startswith("packed"):  # rows in memory as in the query's, so that no copy is needed
+        assert got.transpose(-3, -2).is_contiguous()
 
 
 def test_autocast_decides_the_dtype_as_it_does_for_pytorch() -> None:
