@@ -31,7 +31,7 @@ Output = tuple[Any, ...]
 def register_torch(name: str = "autoflash") -> str:
     """Offer autoflash as a flash attention of PyTorch; nothing changes until it is activated.
 
-        autoflash.integrations.register_torch()
+        register_torch()
         torch.nn.attention.activate_flash_attention_impl("autoflash")
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             model(x)

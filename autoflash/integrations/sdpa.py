@@ -66,7 +66,7 @@ _fastpath = True
 def route_sdpa() -> Iterator[Routed]:
     """Serve F.scaled_dot_product_attention by autoflash, for the calls that it can serve.
 
-        with torch.inference_mode(), autoflash.integrations.route_sdpa() as routed:
+        with torch.inference_mode(), route_sdpa() as routed:
             model(x)
         print(routed.served, routed.left)
 
