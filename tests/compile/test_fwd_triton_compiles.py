@@ -114,7 +114,7 @@ def made(arch: str, problem: Problem, config: Config) -> build.Artifact:
 def _made_ahead(request: pytest.FixtureRequest) -> None:
     """Compile what the chosen tests need, as much at once as there are cores; they find it then.
 
-    A compiler is a process of its own on one core: one after the other, they take twice as long.
+    A compiler is a process of its own on one core: one after the other, they leave the rest idle.
     """
     cases: list[Case] = []
     for item in request.session.items:
