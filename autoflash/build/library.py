@@ -30,6 +30,7 @@ _LAST_WORDS: dict[str, Any] = {"int num_threads": ctypes.c_int, "void* stream": 
 """Declaration of a launcher's last argument -> its type for ctypes."""
 
 
+_ENTRY = "// Sizes, strides and the cap as one array, for a cheaper call from Python."
 _WORKSPACE = re.compile(r'^extern "C" int64_t workspace_bytes\(', re.MULTILINE)
 """How a source declares that it needs a workspace; its parameters are the op's scalars."""
 
@@ -55,7 +56,7 @@ def entry_text(op: ops.Op, last: str, source: str) -> str:
     passed = [arg.name for arg in op.pointers]
     passed += ["workspace" if needs_workspace else "nullptr", *scalars]
     passed += ["softmax_scale", last.split()[-1]]
-    lines = ["", "// Sizes, strides and the cap as one array, for a cheaper call from Python."]
+    lines = ["", _ENTRY]
     if any(arg.kind == "float32" for arg in op.scalars):
         lines += [
             "static inline float float_of_bits(int64_t bits) {",
@@ -82,6 +83,11 @@ def entry_text(op: ops.Op, last: str, source: str) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def without_entry(text: str) -> str:
+    """A kernel's source without the entry point that was appended to it."""
+    return text.rpartition(f"\n{_ENTRY}\n")[0] or text
 
 
 def bound_array(op: ops.Op, scalars: Sequence[int | float]) -> ctypes.Array[ctypes.c_int64]:

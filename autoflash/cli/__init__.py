@@ -429,6 +429,30 @@ def export(
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `export` wrote.")],
+    effort: Annotated[
+        str, typer.Option("--effort", metavar="NAME", help="How long to race: quick or normal.")
+    ] = "quick",
+    jobs: JobsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check an export here: its files, whether its kernels are right, whether its winners win.
+
+    Kernels are run where the device is of the arch they are for, and the files are as they were
+    written. Exit code: 0 all is well, 4 not everything could be checked, 5 something is wrong (a
+    file, a result, a winner that lost to its template's default), 2 a mistake in the request.
+    """
+    from autoflash.cli import verification
+    from autoflash.export.verify import verify as check
+
+    use(jobs=jobs)
+    found = check(folder, effort=effort, on_step=output.remark)
+    verification.verified(found, as_json)
+    raise typer.Exit(verification.exit_code(found))
+
+
+@app.command()
 @takes_problems
 def warmup(
     selection: Selection,

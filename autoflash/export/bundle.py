@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from autoflash.device import Device
 from autoflash.errors import InvalidInput
 from autoflash.export.header import SCHEMA_VERSION, entry_dict, header
 from autoflash.export.selection import Selection
@@ -106,6 +107,7 @@ def read(folder: Path) -> Bundle:
             files=dict(data["files"]),
         )
         version = bundle.header["schema_version"]
+        Device.from_dict(bundle.header["device"])
     except OSError as error:
         raise InvalidInput(
             f"{folder} is no export: {MANIFEST} cannot be read there ({error.strerror}). "

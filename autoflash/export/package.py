@@ -114,6 +114,7 @@ class Kernel:
             "sha256": hashlib.sha256(self.text.encode()).hexdigest(),
             "language": source.language,
             "template": source.template,
+            "op": source.op,
             "config": dict(self.config),
             "options": dict(source.options),
             "source_digest": source.digest,

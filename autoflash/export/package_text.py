@@ -23,7 +23,7 @@ License.
 
 def pyproject(name: str, selection: Selection) -> str:
     """pyproject.toml; the version is the day on which the newest record was made."""
-    year, month, day = selection.created[:10].split("-")
+    day = [str(int(part)) for part in selection.created[:10].split("-") if part]
     triton = any(entry.source.language == "python" for entry in selection.entries)
     needs = ', "triton>=3.6"' if triton else ""
     return f"""\
@@ -34,7 +34,7 @@ build-backend = "hatchling.build"
 
 [project]
 name = "{name.replace("_", "-")}"
-version = "{int(year)}.{int(month)}.{int(day)}"
+version = "{".".join(day) or "0"}"
 description = "Attention kernels tuned for {selection.device.name}."
 readme = "README.md"
 license = "Apache-2.0"

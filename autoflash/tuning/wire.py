@@ -16,6 +16,10 @@ LIMIT_BYTES = 64 << 20
 """No message is nearly as long: a larger length means that the stream is out of step."""
 
 
+BUILT_IN = "built_in"
+"""Beside the fields of a source: the folder of its library, where that is not to be built."""
+
+
 def pack(message: Mapping[str, Any]) -> bytes:
     """The bytes of one message."""
     body = json.dumps(message).encode()
@@ -59,4 +63,4 @@ def source_to_dict(source: Source) -> dict[str, Any]:
 
 def source_from_dict(data: Mapping[str, Any]) -> Source:
     """Inverse of `source_to_dict`."""
-    return Source(**data)
+    return Source(**{name: value for name, value in data.items() if name != BUILT_IN})

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from support import venvs
+from support.venvs import run, venv
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,20 +36,6 @@ print(json.dumps({
 """
 
 
-def run(*command: object, cwd: Path) -> str:
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("AUTOFLASH_", "PYTHONPATH", "VIRTUAL_ENV"))
-    }
-    done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sdist, and the wheel made from what the sdist holds."""
@@ -68,21 +53,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dependencies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is installed here except autoflash itself, so that nothing need be downloaded."""
-    folder = tmp_path_factory.mktemp("dependencies")
-    places = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    for entry in (entry for place in places for entry in Path(place).iterdir()):
-        if "autoflash" not in entry.name and entry.suffix != ".pth":
-            (folder / entry.name).symlink_to(entry)
-    return folder
-
-
-def venv(folder: Path, dependencies: Path) -> Path:
-    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
-    python = folder / "bin" / "python"
-    site = run(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=folder)
-    (Path(site.strip()) / "dependencies.pth").write_text(f"{dependencies}\n", encoding="utf-8")
-    return python
+    return venvs.dependencies(tmp_path_factory.mktemp("packaging") / "dependencies")
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist", "editable"])
@@ -95,8 +66,7 @@ def test_an_installation_finds_its_data(
         "sdist": [next(dist.glob("*.tar.gz"))],
         "editable": ["--editable", next(path for path in dist.iterdir() if path.is_dir())],
     }[kind]
-    pip = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation")
-    run(python, *pip, *what, cwd=tmp_path)
+    run(python, *venvs.PIP, *what, cwd=tmp_path)
 
     answer = json.loads(run(python, "-c", ASK, cwd=tmp_path))
 

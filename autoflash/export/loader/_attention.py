@@ -24,6 +24,8 @@ FP8 = torch.float8_e4m3fn
 _AXES = {"bshd": (0, 1, 2), "bhsd": (0, 2, 1)}
 _SMALLEST_SCALE, _LARGEST = 2.0**-126, 3.4e38
 _MOST_CALLS = 4096
+_PLAIN = (Tensor, torch.nn.Parameter)
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 _prepared: dict[Any, Run] = {}
 
 
@@ -72,9 +74,9 @@ def attention(
         ValueError: the arguments do not fit together.
     """
     descales = (q_descale, k_descale, v_descale)
-    if torch.compiler.is_compiling() or _is_special(q, k, v):
+    if _is_compiling() or _is_special(q, k, v):
         window, softcap = _check(q, k, v, causal, window_size, softcap, descales, layout)
-        if torch.compiler.is_compiling() and not _needs_gradients(q, k, v):
+        if _is_compiling() and not _needs_gradients(q, k, v):
             left, right = (-1 if bound is None else bound for bound in window)
             out, lse = _op(
                 q, k, v, causal, left, right, softcap, softmax_scale, *descales, layout
@@ -83,21 +85,26 @@ def attention(
         by_torch = _by_torch(q, causal, window, softcap, layout)
         return by_torch(q, k, v, softmax_scale, descales, return_lse)
     try:
-        key = (
-            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
+        # The strides of a contiguous tensor follow from its shape, and asking is quicker.
+        key: tuple[object, ...] = (
+            q.shape, k.shape, v.shape,
+            q.is_contiguous() or q.stride(),
+            k.is_contiguous() or k.stride(),
+            v.is_contiguous() or v.stride(),
             q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
             causal, window_size, softcap, layout,
             (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
-            *(d if d is None else (d.shape, d.dtype, d.stride(), d.device) for d in descales),
         )  # fmt: skip
+        if q_descale is not None or k_descale is not None or v_descale is not None:
+            key += tuple(d if d is None else (d.shape, d.dtype, d.device) for d in descales)
         run = _prepared.get(key)
     except TypeError:  # a window that is a list
-        key, run = None, None
+        key, run = (), None
     if run is None:
         run = _choose(q, k, v, causal, window_size, softcap, descales, layout)
         if len(_prepared) >= _MOST_CALLS:
             _prepared.clear()
-        if key is not None:
+        if key:
             _prepared[key] = run
     return run(q, k, v, softmax_scale, descales, return_lse)
 
@@ -159,12 +166,11 @@ def _is_special(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if _needs_gradients(q, k, v):
         _warn_once("it has no backward kernels", "a call that needs gradients")
         return True
-    plain = (Tensor, torch.nn.Parameter)
-    return not (type(q) in plain and type(k) in plain and type(v) in plain)
+    return not (type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN)
 
 
 def _needs_gradients(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
+    return (q.requires_grad or k.requires_grad or v.requires_grad) and _is_grad_enabled()
 
 
 # To torch.compile a call is one operator. Its name begins with that of this package.

@@ -40,7 +40,7 @@ def load(name: str, index: int) -> Bind:
         def launch(tensors: Tensors, scale: float, alive: object = array) -> None:
             parts = (memory(num_bytes, index) if num_bytes else None,) if sized else ()
             word = torch.get_num_threads() if on_cpu else stream(index)
-            if code := start(at, *map(address, (*tensors, *parts)), scale, word):
+            if code := start(at, *[address(each) for each in (*tensors, *parts)], scale, word):
                 raise RuntimeError(f"{name}: its launch returned {code}{_meaning(library, code)}")
 
         return launch
