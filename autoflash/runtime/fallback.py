@@ -23,6 +23,9 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# By its own name: F's may be replaced by a function that calls autoflash.
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from autoflash.codegen.ops import LAYOUT_AXES
@@ -158,7 +161,7 @@ def _visible(
     if num_heads != k.shape[1]:
         options["enable_gqa"] = True
     with _backend():
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale, **options)
+        out = scaled_dot_product_attention(q, k, v, scale=scale, **options)
     return out, _in_parts(q, k, None, left, right, scale, softcap, True)[1] if return_lse else None
 
 
@@ -249,7 +252,7 @@ def _part(
     out = q.new_empty((*q.shape[:3], 0))
     if v.shape[3] and not softcap:
         with _backend():
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if not softcap and not return_lse:
         return out, None
     compute = torch.promote_types(q.dtype, torch.float32)

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
 
 import pytest
 
-from autoflash import build
+from autoflash import build, settings
 from autoflash.codegen.catalog import installed
 from autoflash.config import Config
 from autoflash.device import KNOWN_GPUS
+from autoflash.errors import AutoflashError
 from autoflash.problem import Problem
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
@@ -79,16 +84,56 @@ DEFAULTS = [
 ]
 
 
-def compiled(arch: str, problem: Problem, config: Config) -> build.Resources:
-    template, device = installed().get("triton/fwd"), KNOWN_GPUS[arch]
-    return build.compile_source(template.render(config, problem, device), device).resources
+TEMPLATE = installed().get("triton/fwd")
+Case = tuple[str, Problem, Config]
+
+
+def default(arch: str, name: str) -> Case:
+    problem = Problem.parse(name)
+    return arch, problem, TEMPLATE.default_config(problem, KNOWN_GPUS[arch])
+
+
+def masked(head_dim: int, mask: str) -> Case:
+    return default("sm90", f"b1s4096h16d{head_dim}{mask}")
+
+
+@cache
+def admitted(arch: str, name: str) -> list[Case]:
+    """Three of the configs that the model lets through."""
+    problem = Problem.parse(name)
+    space = TEMPLATE.space(problem, KNOWN_GPUS[arch])
+    return [(arch, problem, config) for config in random.Random(name).sample(space.configs, 3)]
+
+
+def made(arch: str, problem: Problem, config: Config) -> build.Artifact:
+    device = KNOWN_GPUS[arch]
+    return build.compile_source(TEMPLATE.render(config, problem, device), device)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _made_ahead(request: pytest.FixtureRequest) -> None:
+    """Compile what the chosen tests need, as much at once as there are cores; they find it then.
+
+    A compiler is a process of its own on one core: one after the other, they leave the rest idle.
+    """
+    cases: list[Case] = []
+    for item in request.session.items:
+        if isinstance(item, pytest.Function) and item.module is request.module:
+            given = item.callspec.params if hasattr(item, "callspec") else {}
+            cases += COMPILED.get(item.originalname, lambda **_: [])(**given)
+
+    def make(case: Case) -> None:
+        with suppress(AutoflashError):  # its test meets it again
+            made(*case)
+
+    with ThreadPoolExecutor(settings.get().jobs) as pool:
+        list(pool.map(make, cases))
 
 
 @pytest.mark.parametrize(("arch", "name"), DEFAULTS)
 def test_the_default_compiles_and_fits(arch, name):
-    template, device, problem = installed().get("triton/fwd"), KNOWN_GPUS[arch], Problem.parse(name)
-    config = template.default_config(problem, device)
-    resources = compiled(arch, problem, config)
+    device, (_, problem, config) = KNOWN_GPUS[arch], default(arch, name)
+    resources = made(arch, problem, config).resources
     assert resources.spill_bytes <= SLIGHT_SPILL_BYTES, config
     assert resources.smem_bytes <= device.smem_bytes_per_block, config
     assert resources.registers * resources.num_threads <= device.registers_per_sm, config
@@ -97,10 +142,7 @@ def test_the_default_compiles_and_fits(arch, name):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("mask", ["c", "f", "cw1023", "fw512x128cap30"])
 def test_ptxas_overlaps_the_matrix_products_of_the_default(head_dim, mask):
-    template, device = installed().get("triton/fwd"), KNOWN_GPUS["sm90"]
-    problem = Problem.parse(f"b1s4096h16d{head_dim}{mask}")
-    config = template.default_config(problem, device)
-    artifact = build.compile_source(template.render(config, problem, device), device)
+    artifact = made(*masked(head_dim, mask))
     assert json.loads((artifact.directory / "meta.json").read_text())["warnings"] == []
 
 
@@ -121,19 +163,27 @@ def test_ptxas_overlaps_the_matrix_products_of_the_default(head_dim, mask):
     ],
 )
 def test_what_the_model_admits_compiles_and_fits(arch, name):
-    template, device, problem = installed().get("triton/fwd"), KNOWN_GPUS[arch], Problem.parse(name)
-    space = template.space(problem, device)
-    for config in random.Random(name).sample(space.configs, 3):
-        resources = compiled(arch, problem, config)
-        predicted = template.derive(config, problem, device)["smem_bytes"]
+    for _, problem, config in admitted(arch, name):
+        resources = made(arch, problem, config).resources
+        predicted = TEMPLATE.derive(config, problem, KNOWN_GPUS[arch])["smem_bytes"]
         assert resources.smem_bytes <= predicted <= resources.smem_bytes * 1.2 + 4096, config
         assert resources.spill_bytes <= 512, config
+
+
+COMPILED: dict[str, Callable[..., list[Case]]] = {
+    "test_the_default_compiles_and_fits": lambda arch, name: [default(arch, name)],
+    "test_ptxas_overlaps_the_matrix_products_of_the_default": lambda head_dim, mask: [
+        masked(head_dim, mask)
+    ],
+    "test_what_the_model_admits_compiles_and_fits": admitted,
+}
+"""Test -> what it compiles, by its parameters."""
 
 
 @pytest.mark.parametrize("arch", KNOWN_GPUS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_every_head_dim_has_a_feasible_default(arch, dtype):
-    template, device = installed().get("triton/fwd"), KNOWN_GPUS[arch]
+    device = KNOWN_GPUS[arch]
     for head_dim in range(16, 257, 8):
         for head_dim_v in {head_dim, 64, 256}:
             for seqlen_q, group in ((1, 1), (1, 8), (8, 8), (4096, 1)):
@@ -143,8 +193,8 @@ def test_every_head_dim_has_a_feasible_default(arch, dtype):
                         num_kv_heads=8 // group, head_dim=head_dim, head_dim_v=head_dim_v,
                         causal=True, aligned=aligned,
                     )  # fmt: skip
-                    config = template.default_config(problem, device)
-                    assert template.broken(config, problem, device) is None, (problem, config)
+                    config = TEMPLATE.default_config(problem, device)
+                    assert TEMPLATE.broken(config, problem, device) is None, (problem, config)
 
 
 @pytest.mark.parametrize(
@@ -161,5 +211,5 @@ def test_every_head_dim_has_a_feasible_default(arch, dtype):
     ],
 )
 def test_the_space_can_be_swept(arch, name):
-    space = installed().get("triton/fwd").space(Problem.parse(name), KNOWN_GPUS[arch])
+    space = TEMPLATE.space(Problem.parse(name), KNOWN_GPUS[arch])
     assert 20 <= len(space) <= 300

@@ -642,7 +642,7 @@ def test_what_pytorch_cannot_do_either_says_what_it_says(
     def refuse(*arguments: Any, **options: Any) -> None:
         raise NotImplementedError("no such kernel")
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
+    monkeypatch.setattr(fallback, "scaled_dot_product_attention", refuse)
     with (
         pytest.warns(RuntimeWarning, match="multiple of 8"),
         pytest.raises(UnsupportedProblem, match="PyTorch says: no such kernel"),

@@ -1,0 +1,196 @@
+"""How does PyTorch's registry of flash attentions get autoflash as one of its implementations?
+
+The registry (torch.nn.attention.*_flash_attention_impl, since PyTorch 2.11) lets an implementation
+replace kernels of aten operators. Ours replaces one, _scaled_dot_product_flash_attention on CUDA,
+which F.scaled_dot_product_attention calls where it chooses flash attention. Its backward pass stays
+PyTorch's: that takes the output and the lse of ours, which have its definition (natural logarithm).
+_flash_attention_forward (packed sequences, nested tensors) is not replaced, and is what serves here
+whatever autoflash does not.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+from torch.nn.attention import register_flash_attention_impl
+
+from autoflash.errors import InvalidInput
+from autoflash.runtime import request, serving
+
+OPERATOR = "_scaled_dot_product_flash_attention"
+
+Output = tuple[Any, ...]
+"""(out, lse, no cu_seqlens twice, seqlen_q, seqlen_k, seed and offset of dropout, debug mask)"""
+
+
+def register_torch(name: str = "autoflash") -> str:
+    """Offer autoflash as a flash attention of PyTorch; nothing changes until it is activated.
+
+        register_torch()
+        torch.nn.attention.activate_flash_attention_impl("autoflash")
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            model(x)
+        torch.nn.attention.restore_flash_attention_impl()
+
+    Then it serves F.scaled_dot_product_attention of CUDA tensors where PyTorch chooses flash
+    attention, with gradients and without; dropout, what no kernel of autoflash takes, packed
+    sequences and nested tensors are left to PyTorch's own flash attention.
+
+    Args:
+        name: in the registry.
+
+    Returns:
+        The name.
+
+    Source:
+        torch.nn.attention._registry, which says what an implementation has to be.
+    """
+    register_flash_attention_impl(name, register_fn=activate)
+    return name
+
+
+class Handle:
+    """An activated implementation; the kernel that it replaced is back after `remove`."""
+
+    def __init__(self, library: Library) -> None:
+        self._library: Library | None = library
+
+    def remove(self) -> None:
+        """Take the kernel out of PyTorch's dispatcher: it goes when its Library does."""
+        self._library = None
+
+
+def activate(dispatch_key: str = "CUDA") -> Handle:
+    """Put our kernel into PyTorch's dispatcher; the registry calls it."""
+    library = Library("aten", "IMPL", dispatch_key)  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        # That a kernel is replaced is what was asked for.
+        warnings.filterwarnings("ignore", message="Warning only once for all operators")
+        library.impl(OPERATOR, _Forward(), dispatch_key)  # type: ignore[no-untyped-call]
+    return Handle(library)
+
+
+class _Forward:
+    """The kernel, with what it has found out about the calls of each kind."""
+
+    def __init__(self) -> None:
+        self._layouts: dict[tuple[object, ...], str | None] = {}
+        self._here = threading.local()
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        return_debug_mask: bool = False,
+        *,
+        scale: float | None = None,
+    ) -> Output:
+        """Arguments and results of aten::_scaled_dot_product_flash_attention.
+
+        query is (batch, num_heads, seqlen_q, head_dim), key and value have seqlen_k rows and
+        perhaps fewer heads; out has the strides of query, as PyTorch's compiler takes for granted.
+        """
+        layout = None
+        # What PyTorch serves for autoflash, because a launch failed, comes here once more.
+        if not dropout_p and not return_debug_mask and not getattr(self._here, "serving", False):
+            layout = self._layout(query, key, value, is_causal)
+        if layout is None:
+            return _by_torch(query, key, value, dropout_p, is_causal, return_debug_mask, scale)
+        q, k, v = query, key, value
+        if layout == "bshd":
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        self._here.serving = True
+        try:
+            out, lse = serving.call(q, k, v, is_causal, None, 0.0, scale, None, True, layout)
+        finally:
+            self._here.serving = False
+        if layout == "bshd":
+            out = out.transpose(1, 2)
+        # Without dropout nobody reads the seed and the offset, here as in PyTorch's own.
+        seed = torch.empty(2, dtype=torch.uint64, device=query.device)
+        offset = torch.empty((), dtype=torch.uint64, device=query.device)
+        no_mask = query.new_empty(0)
+        return out, lse, None, None, query.shape[2], key.shape[2], seed, offset, no_mask
+
+    def _layout(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> str | None:
+        """In which layout a kernel of ours serves such a call; None leaves it to PyTorch."""
+        address = query.data_ptr() | key.data_ptr() | value.data_ptr()
+        kind = (
+            query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(),
+            query.dtype, key.dtype, value.dtype, query.device, is_causal, address & 15,
+        )  # fmt: skip
+        if kind in self._layouts:
+            return self._layouts[kind]
+        capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
+        layout = _find_layout(query, key, value, is_causal, may_build=not capturing)
+        if not capturing:  # what cannot be built during a capture may be built later
+            if len(self._layouts) >= serving.MOST_CALLS:
+                self._layouts.clear()
+            self._layouts[kind] = layout
+        return layout
+
+
+def _find_layout(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, *, may_build: bool
+) -> str | None:
+    if query.dim() != 4 or 0 in query.shape or 0 in key.shape:
+        return None
+    if is_causal and query.shape[2] > key.shape[2]:
+        return None  # rows that see no key: PyTorch's lse of them is inf, and its backward needs it
+    strides = torch.empty_like(query, device="meta").stride()
+    layout = "bhsd" if strides[1] >= strides[2] else "bshd"
+    out = query.new_empty(_reordered(query.shape, layout), device="meta")
+    if value.shape[3] != query.shape[3] or not _agree(
+        strides, _reordered(out.stride(), layout), query.shape
+    ):
+        return None
+    q, k, v = query, key, value
+    if layout == "bshd":
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    try:
+        request.check(q, k, v, causal=is_causal, layout=layout)
+    except InvalidInput:
+        return None  # PyTorch has words of its own for it
+    if request.no_kernel_for(q) is not None:
+        return None
+    problem = request.problem_of(q, k, v, causal=is_causal, layout=layout)
+    dispatcher = serving.dispatcher(q.device.type, q.device.index)
+    served = dispatcher.serve(problem, may_build=may_build)
+    return layout if served.kernel is not None else None
+
+
+def _reordered(sizes: Any, layout: str) -> tuple[int, ...]:
+    """(batch, num_heads, seqlen, head_dim) in the order of a layout, or back."""
+    b, h, s, d = sizes
+    return (b, h, s, d) if layout == "bhsd" else (b, s, h, d)
+
+
+def _agree(one: Any, other: Any, shape: torch.Size) -> bool:
+    """Whether strides place all elements alike: those of a single row, head or batch do nothing."""
+    return all(a == b for a, b, size in zip(one, other, shape, strict=True) if size > 1)
+
+
+def _by_torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    scale: float | None,
+) -> Output:
+    """What the replaced kernel does: to call this operator, in another layout."""
+    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
+    out, lse, seed, offset, mask = torch.ops.aten._flash_attention_forward.default(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
+        None, None, seqlen_q, seqlen_k, dropout_p, is_causal, return_debug_mask, scale=scale,
+    )  # fmt: skip
+    return out.transpose(1, 2), lse, None, None, seqlen_q, seqlen_k, seed, offset, mask
