@@ -32,7 +32,7 @@ from autoflash.cli.options import (
     use,
 )
 from autoflash.cli.problems import Selection, takes_problems, words
-from autoflash.errors import AutoflashError
+from autoflash.errors import AutoflashError, InvalidInput
 from autoflash.settings import PACKAGE_DIR
 
 app = typer.Typer(
@@ -418,6 +418,10 @@ def export(
     use(database=database)
     target = exporting.target(form)
     if target.op is not None:
+        if selection.op not in (None, target.op):
+            raise InvalidInput(
+                f"--op {selection.op}: {form} is of op {target.op} alone; leave --op away."
+            )
         selection = dataclasses.replace(selection, op=target.op)
     with Database.open() as db:
         chosen = exporting.select(

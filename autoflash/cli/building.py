@@ -16,9 +16,15 @@ def precompile(problems: Iterable[Problem], device: Device) -> list[tuple[Proble
 
     Returns:
         Each problem with the config compiled for it; None where PyTorch would serve.
+
+    Raises:
+        InvalidInput: a problem is none of attention().
     """
     from autoflash.runtime.explain import explain
+    from autoflash.runtime.warmup import require_ours
 
+    problems = list(problems)
+    require_ours(problems)
     made = []
     for problem in problems:
         config = explain(problem, device).config

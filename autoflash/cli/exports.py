@@ -29,9 +29,10 @@ def exported(bundle: Bundle, selection: Selection, as_json: bool) -> None:
         return
     device = selection.device
     kernels = len({entry.source.digest for entry in selection.entries})
-    say(
-        f"{bundle.target}: {len(bundle.entries)} winners on {device.name} ({device.arch}), "
-        f"{kernels} kernels, {len(selection.tables)} dispatch tables"
-    )
+    what = {
+        "problem": len(bundle.entries), "kernel": kernels, "dispatch table": len(selection.tables)
+    }  # fmt: skip
+    counts = ", ".join(f"{n} {noun}{'s' * (n != 1)}" for noun, n in what.items())
+    say(f"{bundle.target}: {counts}, tuned on {device.name} ({device.arch})")
     for path in bundle.files:
         say(f"  {bundle.folder / path}")

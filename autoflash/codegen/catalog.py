@@ -10,7 +10,7 @@ from autoflash import settings
 from autoflash.codegen.template import LANGUAGES, Template, environment, load
 from autoflash.device import Device
 from autoflash.errors import TemplateError, UnknownName
-from autoflash.problem import Problem
+from autoflash.problem import FOREIGN_OPS, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,13 @@ class Catalog:
         return [t for t in self.templates.values() if t.refusal(problem, device) is None]
 
     def refusals(self, problem: Problem, device: Device) -> dict[str, str]:
-        """Template name -> why it does not accept this problem on this device."""
-        reasons = ((t.name, t.refusal(problem, device)) for t in self.templates.values())
+        """Template name -> why it does not accept this problem on this device.
+
+        Left out are templates for calls of another library, where `problem` is one of attention(),
+        and the other way round: nobody would expect them to.
+        """
+        alike = (t for t in self.templates.values() if (t.op in FOREIGN_OPS) == problem.is_foreign)
+        reasons = ((t.name, t.refusal(problem, device)) for t in alike)
         return {name: reason for name, reason in reasons if reason is not None}
 
 

@@ -13,6 +13,7 @@ from autoflash.device import Device
 from autoflash.errors import InvalidInput
 from autoflash.export.header import SCHEMA_VERSION, entry_dict, header
 from autoflash.export.selection import Selection
+from autoflash.problem import Problem
 
 MANIFEST = "autoflash-export.json"
 """Beside the files of an export: the header, each winner, and the digest of each file."""
@@ -49,17 +50,17 @@ def write(
         files: path below the folder -> content.
 
     Raises:
-        InvalidInput: the folder is not ours, or cannot be written.
+        InvalidInput: the folder is not ours, or cannot be read or written.
     """
-    former = _former(folder)
+    try:
+        former = _former(folder)
+    except OSError as error:
+        raise _unusable(folder, error) from error
     contents = {
         path: text.encode() if isinstance(text, str) else text for path, text in files.items()
     }
     for path in contents:
-        parts = PurePosixPath(path)
-        inside = not parts.is_absolute() and ".." not in parts.parts
-        assert inside, path
-        assert path != MANIFEST
+        assert _is_inside(path), path
     bundle = Bundle(
         folder=folder,
         target=target,
@@ -82,11 +83,9 @@ def write(
             part.write_bytes(data)
             part.replace(whole)
         for path in sorted(former - set(contents)):
-            (folder / path).unlink(missing_ok=True)
+            _remove(folder, path)
     except OSError as error:
-        raise InvalidInput(
-            f"--out {folder}: {error.strerror}: {error.filename}. Choose another folder."
-        ) from error
+        raise _unusable(folder, error) from error
     return bundle
 
 
@@ -94,7 +93,8 @@ def read(folder: Path) -> Bundle:
     """What is exported in a folder.
 
     Raises:
-        InvalidInput: there is no manifest, or it is damaged or of another version.
+        InvalidInput: there is no manifest, or it is damaged, of another version, or names files
+            that are not below the folder.
     """
     path = folder / MANIFEST
     try:
@@ -107,20 +107,61 @@ def read(folder: Path) -> Bundle:
             files=dict(data["files"]),
         )
         version = bundle.header["schema_version"]
-        Device.from_dict(bundle.header["device"])
+        if version == SCHEMA_VERSION:
+            _require_sound(bundle)
     except OSError as error:
         raise InvalidInput(
             f"{folder} is no export: {MANIFEST} cannot be read there ({error.strerror}). "
             "`autoflash export TARGET --out DIR` makes one."
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InvalidInput(f"{path} is damaged: {error!r}. Export again.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, InvalidInput) as error:
+        raise InvalidInput(
+            f"{path} is damaged: {error!r}. Export again, into another folder if this one stays."
+        ) from error
     if version != SCHEMA_VERSION:
         raise InvalidInput(
             f"{path} is of schema version {version}, and this autoflash knows {SCHEMA_VERSION}. "
             "Export again, or use the autoflash that made it."
         )
     return bundle
+
+
+def _require_sound(bundle: Bundle) -> None:
+    """Raise what a reader of a manifest would stumble over later, whatever it is."""
+    Device.from_dict(bundle.header["device"])
+    bundle.header["versions"].items()
+    for facts in bundle.header["templates"].values():
+        facts["digest"]
+    for entry in bundle.entries:
+        Problem.from_dict(entry["problem"])
+        dict(entry["config"])
+        for name in ("name", "template", "source_digest", "latency_us"):
+            entry[name]
+    for path in bundle.files:
+        if not _is_inside(path):
+            raise ValueError(f"{path!r} is no file below the folder")
+
+
+def _is_inside(path: str) -> bool:
+    """Whether a path is one that an export may write, and may take away again."""
+    parts = PurePosixPath(path)
+    return path != MANIFEST and not parts.is_absolute() and ".." not in parts.parts
+
+
+def _remove(folder: Path, path: str) -> None:
+    """Take a file of a former export away, and the folders that are empty without it."""
+    gone = folder / path
+    gone.unlink(missing_ok=True)
+    for parent in gone.parents:
+        if parent == folder or not parent.is_dir() or any(parent.iterdir()):
+            return
+        parent.rmdir()
+
+
+def _unusable(folder: Path, error: OSError) -> InvalidInput:
+    return InvalidInput(
+        f"--out {folder}: {error.strerror}: {error.filename}. Choose another folder."
+    )
 
 
 def _former(folder: Path) -> set[str]:

@@ -17,6 +17,8 @@ from autoflash.export.target import Options, Target
 _TILE = ("block_m", "block_n")
 """Derived values that belong to a tile where they are not chosen themselves."""
 
+_RULE = "letters, digits and underscores make a namespace, no digit first"
+
 _HEAD = """
 // Tiles of the CUDA kernels that autoflash tuned: a namespace per device and kernel, for a tile is
 // worth its time only in the kernel that it was measured in. `tile` may be called in constant
@@ -45,7 +47,7 @@ class Family(NamedTuple):
 
 
 def _files(selection: Selection, options: Options) -> Mapping[str, str]:
-    name, device = options.named("autoflash"), selection.device
+    name, device = options.named("autoflash", r"[A-Za-z_]\w*", _RULE), selection.device
     here = f"{name}::{_identifier(device.slug)}"
     kernels: dict[str, list[Entry]] = {}
     for entry in selection.entries:

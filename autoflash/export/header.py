@@ -64,14 +64,19 @@ def entry_dict(entry: Entry) -> dict[str, Any]:
 def comment(selection: Selection, prefix: str) -> str:
     """The header as comment lines, for formats that are read as source."""
     known = header(selection)
-    versions = ", ".join(f"{name} {value}" for name, value in known["versions"].items())
+    versions = ", ".join(
+        f"{name} {' or '.join(value) if isinstance(value, list) else value}"
+        for name, value in known["versions"].items()
+    )
     device = selection.device
+    size = f"{device.num_sms} cores"
+    if device.is_cuda:
+        size = f"{device.num_sms} SMs, {device.smem_bytes_per_block} bytes of shared memory a block"
     lines = [
         f"Made by autoflash {known['autoflash']} from records of {known['created']}.",
-        f"Device: {device.name} ({device.arch}, {device.num_sms} SMs, "
-        f"{device.smem_bytes_per_block} bytes of shared memory a block).",
+        f"Device: {device.name} ({device.arch}, {size}).",
         f"Versions: {versions}.",
-        f"Times: {', '.join(known['policy'])}, microseconds.",
+        f"Times: policy {', '.join(known['policy'])}; medians in microseconds.",
         *(
             f"Template {name}, digest {facts['digest']}: {facts['source']}."
             for name, facts in known["templates"].items()

@@ -80,7 +80,11 @@ def _rows(selection: Selection) -> Iterator[dict[str, Any]]:
 
 
 def _files(selection: Selection, options: Options) -> Mapping[str, str]:
-    stem = options.named(selection.device.slug, r"[\w.-]+")
+    stem = options.named(
+        selection.device.slug,
+        r"[^\W_][\w.-]*",
+        "letters, digits, dots, dashes and underscores make a file's name, a letter or digit first",
+    )
     if f"{stem}.json" in (MANIFEST, SCHEMA):
         raise InvalidInput(f"--name {stem}: another file of the export has it. Choose another.")
     return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import keyword
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from autoflash.codegen.template import Source, Template
 from autoflash.config import Config
 from autoflash.device import Device
 from autoflash.dispatch_table import REACH, TILE_ROWS, DispatchTable
-from autoflash.errors import InvalidInput, ToolchainMissing
+from autoflash.errors import ToolchainMissing
 from autoflash.export import package_text
 from autoflash.export.header import entry_dict, header
 from autoflash.export.selection import Selection
@@ -138,7 +137,7 @@ def command(language: str, device: Device, source: str, library: str) -> str | N
 
 def package_files(selection: Selection, options: Options) -> dict[str, str | bytes]:
     """A project that pip installs: one package, pyproject.toml, README.md and LICENSE."""
-    name = module_name(options.name or f"autoflash_kernels_{selection.device.slug}")
+    name = options.module(f"autoflash_kernels_{selection.device.slug.replace('-', '_')}")
     inside = module_files(selection, options)
     return {
         **{f"{name}/{path}": content for path, content in inside.items()},
@@ -157,17 +156,6 @@ def _build_loop(selection: Selection) -> str | None:
         if made:
             return f"for source in *{ending}; do {made}; done"
     return None
-
-
-def module_name(name: str) -> str:
-    """A name as that of a Python package, or InvalidInput."""
-    found = name.replace("-", "_")
-    if not found.isidentifier() or keyword.iskeyword(found) or found == "autoflash":
-        raise InvalidInput(
-            f"--name {name}: a Python package cannot have that name; letters, digits and "
-            "underscores make one, and it does not begin with a digit or equal autoflash."
-        )
-    return found
 
 
 def module_files(selection: Selection, options: Options) -> dict[str, str | bytes]:

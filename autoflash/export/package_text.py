@@ -59,6 +59,12 @@ def readme(name: str, selection: Selection, build_loop: str | None) -> str:
         build_loop: for a shell, makes all libraries; None where there are none.
     """
     device = selection.device
+    elsewhere = f"a GPU, and on a CPU without all of {', '.join(device.isa) or 'nothing'}."
+    if device.is_cuda:
+        elsewhere = (
+            f"GPUs of another architecture than {device.arch}; on other GPUs of that architecture\n"
+            "kernels run, with a warning."
+        )
     parts = [
         f"""\
 # {name}
@@ -78,9 +84,9 @@ out, lse = {name}.attention(q, k, v, causal=True, return_lse=True)
 
 A call of a shape below is served by its kernel; others by what was measured to be best for such
 shapes, else by the kernel of the nearest shape, if it was compiled for such a call: dtype,
-head_dim, mask, softcap, alignment. PyTorch serves the rest, with one warning. So it does on a
-device of another architecture than {device.arch}; on another device of that architecture kernels
-run, with a warning. Files of kernels are checked against `table.json` before they are loaded.
+head_dim, mask, softcap, alignment. PyTorch serves the rest, with one warning. So it does on
+{elsewhere}
+Files of kernels are checked against `table.json` before they are loaded.
 
 Forward only: calls that need gradients are PyTorch's. `torch.compile` sees one operator. Call a
 shape once before a CUDA graph captures it.
@@ -113,6 +119,13 @@ def winners(entries: Sequence[Entry]) -> str:
     for entry in entries:
         record = entry.record
         times = (record.latency_us, record.default_us, record.torch_us)
-        cells = " | ".join("" if time is None else f"{time:.4g}" for time in times)
+        cells = " | ".join(_us(time) for time in times)
         lines.append(f"| {record.problem.name} | `{record.config.template}` | {cells} |")
     return "\n".join(lines) + "\n"
+
+
+def _us(time: float | None) -> str:
+    """Four digits or all before the point, and never an exponent."""
+    if time is None:
+        return ""
+    return f"{time:.0f}" if time >= 999.5 else f"{time:.4g}"

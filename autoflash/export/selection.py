@@ -144,8 +144,10 @@ def select(
     if stand_ins:
         sound = [r for r in tried(device_key) if r.is_measured and _fault(r, catalog) is None]
         others = _fastest(sound, besides=held)
-    how = f"--op {op}" if op else f"--templates {templates!r}"
-    device = _only_device([*winners, *others], best, templates, how, db)
+    wanted = [record.device for record in (*winners, *others)]
+    if not wanted:
+        raise _nothing(len(best), list(choose(best)), templates, op, db)
+    device = _only_device(wanted)
     left_out = Counter(fault for fault in faults if fault is not None)
     if not held and not others:
         reasons = "; ".join(f"{reason} ({count})" for reason, count in left_out.items())
@@ -195,22 +197,45 @@ def _fastest(trials: Sequence[Record], *, besides: Sequence[Record]) -> list[Rec
     return found
 
 
-def _only_device(
-    wanted: Sequence[Record], best: Sequence[Record], templates: str, how: str, db: Database
-) -> Device:
-    """The device that all records are of, or an InvalidInput that says what is there."""
-    keys = {record.device.key: record.device for record in wanted}
-    if len(keys) == 1:
-        return next(iter(keys.values()))
-    if not keys:
-        devices = sorted({r.device.slug for r in db.bests()})
-        raise InvalidInput(
-            f"of the {len(best)} best records none is of a template like {templates!r} and among "
-            f"what was asked for, nor is a trial that could stand in. `autoflash show` lists them "
-            f"(devices: {', '.join(devices) or 'none'}), and `autoflash tune {how}` makes some."
-        )
-    named = ", ".join(sorted({device.slug for device in keys.values()}))
+def _only_device(devices: Iterable[Device]) -> Device:
+    """The device that all of these are, or an InvalidInput that names them."""
+    found = {device.key: device for device in devices}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    slugs = {device.slug for device in found.values()}
+    # Two of one name differ in what a key has besides: cores or multiprocessors, instruction sets.
+    names = slugs if len(slugs) == len(found) else set(found)
     raise InvalidInput(
-        f"an export is for one device, and there are winners of {len(keys)}: {named}. "
-        "Choose with --device NAME."
+        f"an export is for one device, and there are winners of {len(found)}: "
+        f"{', '.join(sorted(names))}. Choose with --device NAME."
+    )
+
+
+def _nothing(
+    count: int, chosen: Sequence[Record], templates: str, op: str | None, db: Database
+) -> InvalidInput:
+    """Why there is nothing to export, and what would make some.
+
+    Args:
+        count: winners of the devices that were asked for.
+        chosen: those of them that the problem options keep.
+        templates: as for `select`.
+        op: likewise.
+        db: likewise.
+    """
+    devices = sorted({f"{record.device.slug} ({record.device.arch})" for record in db.bests()})
+    foreign = [record.problem.op for record in chosen if record.problem.is_foreign]
+    if not count:
+        why = "there are no winners of such a device"
+    elif not chosen:
+        why = f"of {count} winners none is of a problem that was asked for (`autoflash show`)"
+    elif not op and len(foreign) == len(chosen):
+        why = f"the winners asked for are of op {foreign[0]}: `autoflash export {foreign[0]}`"
+    else:
+        kind = f"op {op}" if op else f"a template like {templates!r}"
+        why = f"of {len(chosen)} winners asked for none is of {kind}"
+    how = f" --op {op}" if op else f" --templates {templates!r}" if templates != "*" else ""
+    return InvalidInput(
+        f"nothing to export: {why}. The database has winners of {', '.join(devices) or 'nothing'}. "
+        f"`autoflash tune{how}` makes some."
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -36,21 +38,46 @@ class Options:
     binaries: bool = True
     progress: Callable[[str], None] = lambda line: None
 
-    def named(self, default: str, pattern: str = r"[A-Za-z_]\w*") -> str:
+    def named(self, default: str, pattern: str, rule: str) -> str:
         """The name that was asked for, or `default`.
 
         Args:
             default: taken as it is.
-            pattern: of names that will do; a name in Python and C++.
+            pattern: of names that will do.
+            rule: the same in words.
 
         Raises:
             InvalidInput: the name asked for is none of these.
         """
         if self.name is None or re.fullmatch(pattern, self.name, re.ASCII):
             return self.name or default
-        raise InvalidInput(
-            f"--name {self.name!r} will not do here: it must be like {pattern}, such as {default}."
-        )
+        raise InvalidInput(f"--name {self.name!r} will not do here: {rule}, such as {default}.")
+
+    def module(self, default: str) -> str:
+        """The name that was asked for, dashes being underscores, as that of a Python module.
+
+        Args:
+            default: likewise, where none was asked for.
+
+        Raises:
+            InvalidInput: it is none, or would hide a module that Python or the export needs.
+        """
+        name = (self.name or default).replace("-", "_")
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise InvalidInput(
+                f"--name {self.name!r} will not do here: a Python module has a name of letters, "
+                "digits and underscores that does not begin with a digit and is no keyword, such "
+                f"as {default}."
+            )
+        if name in _TAKEN:
+            raise InvalidInput(
+                f"--name {self.name!r} will not do here: it would hide the module {name} from "
+                f"whoever imports that, the export among them. Choose another, such as {default}."
+            )
+        return name
+
+
+_TAKEN = sys.stdlib_module_names | {"autoflash", "kernels", "numpy", "torch", "triton"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

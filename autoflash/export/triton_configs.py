@@ -18,7 +18,7 @@ _FIELDS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 
 def _files(selection: Selection, options: Options) -> Mapping[str, str]:
-    module = options.named(f"autoflash_{selection.device.slug.replace('-', '_')}")
+    module = options.module(f"autoflash_{selection.device.slug.replace('-', '_')}")
     text = _FILE.read_text(encoding="utf-8")
     before, _, rest = text.partition(_START)
     _, _, after = rest.partition(_END)

@@ -102,7 +102,7 @@ def verify(
     files = integrity.files(bundle)
     skipped = integrity.misfit(bundle, here)
     if not files.intact:
-        skipped = "its files are not as they were written, so that none is run"
+        skipped = "files are not as they were written; export again, or take those back"
     matches = () if skipped else rematch.play(bundle, here, budget, known, on_step)
     return Verification(
         bundle=bundle,

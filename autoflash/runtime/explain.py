@@ -121,7 +121,12 @@ def explain(
     choices = list(asked.choices(problem))
     first = choices[0] if choices else None
     index = asked.index
-    others = [record for record in index.all if first is None or record is not first.record]
+    others = [
+        record
+        for record in index.all
+        if (first is None or record is not first.record)
+        and record.problem.is_foreign == problem.is_foreign
+    ]
     others.sort(key=lambda record: _unlikeness(problem, record))
     return Explanation(
         problem=problem,

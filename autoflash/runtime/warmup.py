@@ -64,15 +64,21 @@ def warmup(
     if isinstance(problems, Problem | str):
         problems = [problems]
     asked = [Problem.parse(each) if isinstance(each, str) else each for each in problems]
-    for problem in asked:
-        if problem.is_foreign:
-            raise InvalidInput(
-                f"{problem.name}: attention() serves no problem of op {problem.op}, so that there "
-                f"is nothing to build for it; {problem.forward.name} is the same call of it."
-            )
+    require_ours(asked)
     place = _place(device)
     serving.reload()
     return [_warm(problem, place) for problem in asked]
+
+
+def require_ours(problems: Iterable[Problem]) -> None:
+    """Raise InvalidInput for a problem whose kernels are another library's to build."""
+    for problem in problems:
+        if problem.is_foreign:
+            raise InvalidInput(
+                f"{problem.name}: attention() serves no problem of op {problem.op}, and PyTorch "
+                "compiles that when it is first called, so that there is nothing to build; "
+                f"{problem.forward.name} is the same call of attention()."
+            )
 
 
 def _warm(problem: Problem, place: torch.device) -> Warmed:

@@ -170,7 +170,7 @@ def test_of_a_tampered_export_nothing_is_run(
     for line in (f"changed: {library}", f"missing: {source}", "extra: tuned/more.py"):
         assert line in out
     assert ".pyc" not in out
-    assert "not as they were written, so that none is run" in out
+    assert "no kernel was run: files are not as they were written" in out
 
 
 def test_a_manifest_cannot_name_files_elsewhere(
@@ -184,7 +184,16 @@ def test_a_manifest_cannot_name_files_elsewhere(
     manifest["files"]["../outside"] = hashlib.sha256(b"x").hexdigest()
     path.write_text(json.dumps(manifest))
     monkeypatch.setattr(rematch, "play", touch_nothing)
-    assert check(folder).files.changed == ("../outside",)
+    with pytest.raises(InvalidInput, match=r"'\.\./outside' is no file below the folder"):
+        check(folder)
+    with pytest.raises(InvalidInput, match="is no file below the folder"):
+        write(folder, "package", selection(), {"a": "b"})
+    assert (tmp_path / "outside").read_text() == "x"
+    # Nor by a link: what it points to is not what was written.
+    manifest["files"]["inside"] = manifest["files"].pop("../outside")
+    path.write_text(json.dumps(manifest))
+    (folder / "inside").symlink_to(tmp_path / "outside")
+    assert check(folder).files.changed == ("inside",)
 
 
 @pytest.mark.parametrize("damage", ["", "{", "{}", '{"files": 1}'])

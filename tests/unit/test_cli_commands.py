@@ -475,6 +475,13 @@ def test_warmup_builds_what_serves(run: Run) -> None:
     assert list(settings.get().cache_dir.glob("kernels/*/*/meta.json"))
 
 
+@pytest.mark.parametrize("arch", ["cpu", "sm90"])  # here, and not here
+def test_warmup_builds_nothing_of_another_library(arch: str, run: Run) -> None:
+    code, said, remarks = run("warmup", "--arch", arch, "--op", "flex", "--shape", PROBLEM.name)
+    assert (code, said) == (2, "")
+    assert f"flex:{PROBLEM.name}: attention() serves no problem of op flex" in remarks
+
+
 def test_version(run: Run) -> None:
     from autoflash import __version__
 

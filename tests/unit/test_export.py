@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.exports import GPU, H200, database, selection, tried
@@ -70,8 +71,32 @@ def test_an_export_is_for_one_device() -> None:
             export.select(db, installed(), templates="*")
         assert export.select(db, installed(), templates="*", arch="sm80").device == A100
         assert export.select(db, installed(), templates="*", device_key=GPU.key).device == GPU
-    with database() as db, pytest.raises(InvalidInput, match=r"of the 0 best .* none\)"):
+    with database() as db, pytest.raises(InvalidInput, match="no winners of such a device"):
         export.select(db, installed(), templates="*")
+
+
+def test_it_is_said_why_nothing_is_left() -> None:
+    def said(templates: str = "*", op: str | None = None, **more: Any) -> str:
+        with pytest.raises(InvalidInput) as raised:
+            export.select(db, installed(), templates=templates, op=op, **more)
+        return str(raised.value)
+
+    none = "nothing to export: there are no winners of such a device. The database has winners of "
+    with database() as db:
+        assert said() == f"{none}nothing. `autoflash tune` makes some."
+    with database(winners=(tried("triton/fwd"), tried("flex/fwd", f"flex:{ONE}"))) as db:
+        there = "nvidia-h100-80gb-hbm3 (sm90)"
+        assert said(arch="sm80") == f"{none}{there}. `autoflash tune` makes some."
+        assert "of 2 winners asked for none is of a template like 'cuda/*'" in said("cuda/*")
+        assert said("cuda/*").endswith("`autoflash tune --templates 'cuda/*'` makes some.")
+        assert "of 2 winners none is of a problem that" in said(choose=lambda _: ())
+        foreign = said(choose=lambda found: [r for r in found if r.problem.is_foreign])
+        assert "of op flex: `autoflash export flex`" in foreign
+        ours = said(
+            "flex/*", "flex", choose=lambda found: [r for r in found if r.problem.op == "fwd"]
+        )
+        assert "none is of op flex" in ours
+        assert "`autoflash tune --op flex`" in ours
 
 
 def test_the_fastest_trial_stands_in_where_another_kernel_won() -> None:
@@ -132,6 +157,7 @@ def test_a_new_export_takes_away_what_the_former_one_wrote_and_nothing_else(tmp_
     bundle = export.write(out, "json", chosen, {"a.txt": "new"})
     left = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
     assert left == ["a.txt", MANIFEST, "mine.txt"]
+    assert not (out / "below").exists()
     assert (out / "a.txt").read_text() == "new"
     assert export.read(out) == bundle
     assert bundle.entries[0]["source_digest"] == chosen.entries[0].source.digest
@@ -149,6 +175,18 @@ def test_folders_that_hold_other_things_are_left_alone(tmp_path: Path) -> None:
         export.write(tmp_path / "file" / "below", "json", chosen, {"a": "b"})
 
 
+def test_a_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deny(path: Path) -> object:  # root may read everything
+        raise PermissionError(13, "Permission denied", str(path))
+
+    chosen = selection("json", winners=(tried("triton/fwd"),))
+    monkeypatch.setattr(Path, "iterdir", deny)
+    with pytest.raises(InvalidInput, match=f"--out {tmp_path}: Permission denied: .*Choose"):
+        export.write(tmp_path, "json", chosen, {"a": "b"})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -157,6 +195,11 @@ def test_folders_that_hold_other_things_are_left_alone(tmp_path: Path) -> None:
         (lambda text: text.replace('"target"', '"tarket"'), "'target'"),
         (lambda text: text.replace('"schema_version": 1', '"schema_version": 2'), "version 2"),
         (lambda text: text.replace('"schema_version": 1', '"version": 1'), "schema_version"),
+        (lambda text: text.replace('"a": ', '"../a": '), r"'\.\./a' is no file below the folder"),
+        (lambda text: text.replace('"a": ', '"/a": '), "'/a' is no file below the folder"),
+        (lambda text: text.replace('"latency_us"', '"late_us"'), "latency_us"),
+        (lambda text: text.replace('"batch"', '"bath"'), "bath"),
+        (lambda text: text.replace('"entries": [', '"entries": [1, '), "is damaged"),
     ],
 )
 def test_damaged_and_newer_manifests_are_refused(
@@ -257,7 +300,8 @@ def test_the_command_writes_and_says_what_it_left_out(run: Run, tmp_path: Path) 
     out = tmp_path / "out"
     code, said, remarks = run("cuda-header", "--out", out)
     assert (code, remarks) == (0, "")
-    assert "1 winners on NVIDIA H100 80GB HBM3 (sm90), 1 kernels" in said
+    told = "1 problem, 1 kernel, 0 dispatch tables, tuned on NVIDIA H100 80GB HBM3 (sm90)"
+    assert f"cuda-header: {told}" in said
     assert [str(path) for path in out.glob("*.h")] == [said.splitlines()[1].strip()]
 
     code, said, remarks = run("json", "--out", tmp_path / "json", "--json")
@@ -276,10 +320,14 @@ def test_the_command_writes_and_says_what_it_left_out(run: Run, tmp_path: Path) 
     [
         (("jsn",), "Did you mean 'json'"),
         (("json", "--device", "nvidia-a100"), "unknown device"),
-        (("json", "--head-dim", "128"), "none is of a template"),
+        (("json", "--head-dim", "128"), "none is of a problem that was asked for"),
         (("json", "--name", "autoflash-export"), "--name autoflash-export"),
         (("json", "--name", "../up"), "--name '../up' will not do"),
+        (("json", "--name", ".."), "a letter or digit first"),
         (("triton-configs", "--name", "two words"), "--name 'two words'"),
+        (("triton-configs", "--name", "triton"), "would hide the module triton"),
+        (("cuda-header", "--name", "a-b"), "make a namespace"),
+        (("flex", "--op", "fwd"), "--op fwd"),
         (("kernel-tuner", "--name", "some"), "leave it"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _torch
-from ._load import NotBuilt, prepare, refusal
+from ._load import NoLibrary, prepare, refusal
 from ._table import Problem, choices, table
 
 Window = tuple[int | None, int | None]
@@ -233,7 +233,7 @@ def _choose(
         for _, name in choices(problem):
             try:
                 return _by_kernel(name, q, k, v, problem, layout, otherwise)
-            except NotBuilt as error:
+            except NoLibrary as error:
                 reason = str(error)
         reason = reason or "nothing near it was tuned and exported"
     _warn_once(reason, f"attention of {q.dtype} with head_dim {q.shape[3]}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ._load import Bind, Launch, NotBuilt, Tensors, address, content, memory, stream
+from ._load import Bind, Launch, NoLibrary, Tensors, address, content, memory, stream
 from ._table import HERE, table
 
 
@@ -55,16 +55,22 @@ def load(name: str, index: int) -> Bind:
 
 def _open(file: str, on_cpu: bool) -> ctypes.CDLL:
     path = HERE / "kernels" / file
+    command = table()["commands"][path.stem]
     if not path.is_file():
-        command = table()["commands"][path.stem]
-        raise NotBuilt(f"{path} is not built. In its folder, run: {command}")
+        raise NoLibrary(f"{path} is not built. In its folder, run: {command}")
     listed = HERE / "kernels" / "libraries.json"
     shipped = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else {}
     if file in shipped:  # else whoever installed the sources built it
         content(file, shipped[file])
-    if on_cpu:
-        _openmp()
-    return ctypes.CDLL(str(path))
+    try:
+        if on_cpu:
+            _openmp()
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # for another processor, system, libc or CUDA
+        raise NoLibrary(
+            f"{path} was not built for this machine ({error}). To do so, delete libraries.json in "
+            f"its folder and run there: {command}"
+        ) from error
 
 
 def _meaning(library: ctypes.CDLL, code: int) -> str:

@@ -21,8 +21,8 @@ Bind = Callable[[Sequence[float]], Launch]
 """Sizes, strides and the cap -> what launches a kernel for them."""
 
 
-class NotBuilt(RuntimeError):
-    """The package ships a kernel as source, and its library is not there."""
+class NoLibrary(RuntimeError):
+    """A kernel has no library that this machine can load: another kernel, or PyTorch, serves."""
 
 
 def refusal(device: torch.device) -> str | None:
@@ -76,8 +76,8 @@ def prepare(name: str, index: int) -> Bind:
     """What binds sizes and strides to a kernel, on the CUDA device `index` (0 on a CPU).
 
     Raises:
-        NotBuilt: there is no library; the message says how it is made.
-        RuntimeError: a file is not the one that was exported, or cannot be loaded.
+        NoLibrary: there is none, or not for this machine; the message says how it is made.
+        RuntimeError: a file is not the one that was exported.
     """
     if table()["kernels"][name]["language"] == "python":
         from ._triton import load
