@@ -7,6 +7,7 @@ from typing import Any
 
 import autoflash
 from autoflash.export.selection import Entry, Selection
+from autoflash.tuning.timing import METHODS
 
 SCHEMA_VERSION = 1
 """Of the header and of what `entry_dict` says; a reader refuses one that it does not know."""
@@ -20,13 +21,15 @@ def header(selection: Selection) -> dict[str, Any]:
     every = (*selection.entries, *selection.trials)
     records = [entry.record for entry in every]
     templates = {entry.template.name: entry.template for entry in every}
+    policies = sorted({record.policy for record in records})
     return {
         "schema_version": SCHEMA_VERSION,
         "autoflash": autoflash.__version__,
         "created": selection.created,
         "device": selection.device.to_dict(),
         "versions": _common(record.environment for record in records),
-        "policy": sorted({record.policy for record in records}),
+        "policy": policies,
+        "method": {policy: METHODS[policy] for policy in policies if policy in METHODS},
         "templates": {
             name: {
                 "digest": template.digest,
@@ -76,7 +79,8 @@ def comment(selection: Selection, prefix: str) -> str:
         f"Made by autoflash {known['autoflash']} from records of {known['created']}.",
         f"Device: {device.name} ({device.arch}, {size}).",
         f"Versions: {versions}.",
-        f"Times: policy {', '.join(known['policy'])}; medians in microseconds.",
+        f"Times: microseconds, policy {', '.join(known['policy'])}.",
+        *(f"Policy {policy}: {method}." for policy, method in known["method"].items()),
         *(
             f"Template {name}, digest {facts['digest']}: {facts['source']}."
             for name, facts in known["templates"].items()

@@ -23,6 +23,7 @@ from autoflash.errors import InvalidInput, UnknownName
 from autoflash.export.bundle import MANIFEST
 from autoflash.export.header import comment, entry_dict, header
 from autoflash.record import Record
+from autoflash.tuning.timing import METHODS
 
 A100 = KNOWN_GPUS["sm80"]
 ONE, TWO = "b1s1024h8d64c-bfloat16", "b1s2048h8d64c-bfloat16"
@@ -138,6 +139,11 @@ def test_the_header_says_what_differs_among_records() -> None:
     assert facts["created"] == chosen.created == one.created
     assert facts["device"] == GPU.to_dict()
     assert list(facts["templates"]) == ["triton/fwd"]
+    assert facts["method"] == {}  # a policy that this version does not know
+    policy, method = next(iter(METHODS.items()))
+    timed = selection("json", winners=(dataclasses.replace(one, policy=policy),))
+    assert header(timed)["method"] == {policy: method}
+    assert f"// Policy {policy}: {method}.\n" in comment(timed, "//")
     text = comment(chosen, "//")
     assert all(line.startswith("// ") for line in text.splitlines())
     assert installed().get("triton/fwd").digest in text

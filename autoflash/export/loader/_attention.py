@@ -12,17 +12,23 @@ import torch
 from torch import Tensor
 
 from . import _torch
+from ._call import (
+    AXES,
+    FP8,
+    LARGEST,
+    SMALLEST_SCALE,
+    Descales,
+    Window,
+    check,
+    out_dtype,
+    problem_of,
+)
 from ._load import NoLibrary, prepare, refusal
 from ._table import Problem, choices, table
 
-Window = tuple[int | None, int | None]
-Descales = tuple[Tensor | None, Tensor | None, Tensor | None]
 Result = Tensor | tuple[Tensor, Tensor]
 Run = Callable[[Tensor, Tensor, Tensor, float | None, Descales, bool], Result]
 
-FP8 = torch.float8_e4m3fn
-_AXES = {"bshd": (0, 1, 2), "bhsd": (0, 2, 1)}
-_SMALLEST_SCALE, _LARGEST = 2.0**-126, 3.4e38
 _MOST_CALLS = 4096
 _PLAIN = (Tensor, torch.nn.Parameter)
 _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
@@ -75,7 +81,7 @@ def attention(
     """
     descales = (q_descale, k_descale, v_descale)
     if _is_compiling() or _is_special(q, k, v):
-        window, softcap = _check(q, k, v, causal, window_size, softcap, descales, layout)
+        window, softcap = check(q, k, v, causal, window_size, softcap, descales, layout)
         if _is_compiling() and not _needs_gradients(q, k, v):
             left, right = (-1 if bound is None else bound for bound in window)
             out, lse = _op(
@@ -205,8 +211,8 @@ def _op(
 
 @_op.register_fake
 def _shapes(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    b, s, h = _AXES[options[-1]]
-    out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=_out_dtype(q))
+    b, s, h = AXES[options[-1]]
+    out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=out_dtype(q))
     return out, q.new_empty((q.shape[b], q.shape[h], q.shape[s]), dtype=torch.float32)
 
 
@@ -223,7 +229,7 @@ def _choose(
     descales: Descales,
     layout: str,
 ) -> Run:
-    window, softcap = _check(q, k, v, causal, window_size, softcap, descales, layout)
+    window, softcap = check(q, k, v, causal, window_size, softcap, descales, layout)
     otherwise = _by_torch(q, causal, window, softcap, layout)
     problem = problem_of(q, k, v, causal, window, softcap, layout)
     if 0 in (problem.batch, problem.seqlen_q, problem.seqlen_k):
@@ -240,35 +246,13 @@ def _choose(
     return otherwise
 
 
-def problem_of(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: Window, softcap: float, layout: str
-) -> Problem:
-    """What the table is asked for."""
-    b, s, h = _AXES[layout]
-    size = 2 if q.dtype == FP8 else q.element_size()  # of the output's elements
-    aligned = v.shape[3] * size % 16 == 0 and all(
-        tensor.data_ptr() % 16 == 0
-        and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:3])
-        for tensor in (q, k, v)
-    )
-    return Problem(
-        op="fwd_fp8" if q.dtype == FP8 else "fwd",
-        dtype=str(q.dtype).removeprefix("torch."),
-        batch=q.shape[b], seqlen_q=q.shape[s], seqlen_k=k.shape[s],
-        num_heads=q.shape[h], num_kv_heads=k.shape[h],
-        head_dim=q.shape[3], head_dim_v=v.shape[3],
-        causal=causal, window_left=window[0], window_right=window[1],
-        softcap=softcap, aligned=aligned,
-    ).settled()  # fmt: skip
-
-
 def _by_kernel(
     name: str, q: Tensor, k: Tensor, v: Tensor, problem: Problem, layout: str, otherwise: Run
 ) -> Run:
     """A kernel's launch with all that these shapes and strides decide."""
-    b, s, h = _AXES[layout]
+    b, s, h = AXES[layout]
     shape, device = (*q.shape[:3], v.shape[3]), q.device
-    dtype = _out_dtype(q)
+    dtype = out_dtype(q)
     strides = torch.empty(shape, device="meta").stride()
     left = problem.seqlen_k if problem.window_left is None else problem.window_left
     right = problem.seqlen_q if problem.window_right is None else problem.window_right
@@ -295,7 +279,7 @@ def _by_kernel(
                 return run(q, k, v, softmax_scale, descales, return_lse)
         if softmax_scale is None:
             softmax_scale = default_scale
-        elif not _SMALLEST_SCALE <= softmax_scale <= _LARGEST:
+        elif not SMALLEST_SCALE <= softmax_scale <= LARGEST:
             # Kernels look for a row's largest score before they scale it.
             return otherwise(q, k, v, softmax_scale, descales, return_lse)
         out = torch.empty_strided(shape, strides, dtype=dtype, device=device)
@@ -310,10 +294,6 @@ def _by_kernel(
         return out if lse is None else (out, lse)
 
     return run
-
-
-def _out_dtype(q: Tensor) -> torch.dtype:
-    return torch.bfloat16 if q.dtype == FP8 else q.dtype
 
 
 def _by_torch(q: Tensor, causal: bool, window: Window, softcap: float, layout: str) -> Run:
@@ -344,57 +324,3 @@ def _warn_once(reason: str, what: str) -> None:
         f"{table()['header']['device']['name']}.)",
         stacklevel=4,
     )
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    window_size: Any,
-    softcap: float,
-    descales: Descales,
-    layout: str,
-) -> tuple[Window, float]:
-    """Refuse what cannot be meant; window and softcap as kernels take them."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, layout {layout!r}"
-    if layout not in _AXES:
-        raise ValueError(f"layout={layout!r}: 'bshd' or 'bhsd' is needed.")
-    b, s, h = _AXES[layout]
-    if not q.dim() == k.dim() == v.dim() == 4:
-        raise ValueError(f"four dimensions each are needed: {shapes}.")
-    fit = q.shape[b] == k.shape[b] == v.shape[b] and q.shape[3] == k.shape[3]
-    if not fit or (k.shape[s], k.shape[h]) != (v.shape[s], v.shape[h]) or 0 in (
-        k.shape[h], q.shape[3], v.shape[3]
-    ):  # fmt: skip
-        raise ValueError(f"these shapes do not make an attention call: {shapes}.")
-    if q.shape[h] % k.shape[h]:
-        raise ValueError(f"query heads must be a multiple of key/value heads: {shapes}.")
-    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
-        raise ValueError(
-            f"q, k and v must share dtype and device: {q.dtype}, {k.dtype}, {v.dtype} on "
-            f"{q.device}, {k.device}, {v.device}."
-        )
-    if any(tensor.shape[3] > 1 and tensor.stride(3) != 1 for tensor in (q, k, v)):
-        raise ValueError("rows of head_dim must be contiguous (last stride 1): .contiguous().")
-    for name, descale in zip(("q_descale", "k_descale", "v_descale"), descales, strict=True):
-        wanted = (k.shape[b], k.shape[h])
-        if descale is not None and (
-            q.dtype != FP8
-            or descale.dtype != torch.float32
-            or tuple(descale.shape) != wanted
-            or descale.device != q.device
-        ):
-            raise ValueError(
-                f"{name}: float32 of shape (batch, num_kv_heads) = {wanted} on {q.device} is "
-                f"needed, and q, k and v of {FP8}; it is {descale.dtype} {tuple(descale.shape)} on "
-                f"{descale.device}, and q {q.dtype}."
-            )
-    left, right = (None, None) if window_size is None else window_size
-    bounds = [None if bound in (None, -1) else bound for bound in (left, right)]
-    for bound in bounds:
-        if bound is not None and not (isinstance(bound, int) and bound >= 0):
-            raise ValueError(f"window_size={window_size!r}: whole numbers from 0 up, None or -1.")
-    if softcap != 0 and not _SMALLEST_SCALE <= softcap <= _LARGEST:
-        raise ValueError(f"softcap={softcap!r}: 0.0 or a positive float32 is needed.")
-    return (bounds[0], bounds[1]), float(softcap)
