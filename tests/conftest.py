@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# Test processes beside each other: OpenMP's threads wait by spinning, on cores that the others need.
+# Test processes beside each other: OpenMP's threads wait by spinning, on cores others need.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before anything reads the settings: tests must neither use nor fill the user's cache. One shared
