@@ -340,6 +340,9 @@ def test_a_name_comes_and_goes() -> None:
     assert first == again
     model = model_of("llama")
     model.set_attn_implementation("fast_fa")
+    with register_transformers("fast_fa"):
+        pass  # it was there before
+    model.set_attn_implementation("fast_fa")
     first.unregister()
     again.unregister()
     with pytest.raises(ValueError, match="fast_fa"):
