@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+# Test processes beside each other: OpenMP's threads wait by spinning, on cores others need.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before anything reads the settings: tests must neither use nor fill the user's cache. One shared
 # directory for the whole run, so that a kernel is compiled once however many tests use it; or one
 # that is kept, AUTOFLASH_TEST_CACHE: those of the GPU tests take a core an hour.

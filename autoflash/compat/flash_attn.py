@@ -200,6 +200,8 @@ def flash_attn_varlen_func(
                 f"{name} is {_told(tensor)}; a packed tensor (total, num_heads, head_dim) is "
                 "needed. A batch of equally long sequences goes to flash_attn_func."
             )
+    if k.shape[0] != v.shape[0]:
+        raise InvalidInput(f"k has {k.shape[0]} rows and v {v.shape[0]}; each key needs a value.")
     bounds_q, bounds_k = _bounds(cu_seqlens_q, cu_seqlens_k)
     _check("q", bounds_q, q, max_seqlen_q)
     _check("k", bounds_k, k, max_seqlen_k)

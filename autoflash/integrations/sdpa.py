@@ -86,13 +86,14 @@ def route_sdpa() -> Iterator[Routed]:
         torch.distributed.tensor.experimental.context_parallel, which replaces the same name.
     """
     routed = Routed()
-    outer = _here.contexts
     _enter()
-    _here.contexts, _here.active = (*outer, routed), True
+    _here.contexts, _here.active = (*_here.contexts, routed), True
     try:
         yield routed
     finally:
-        _here.contexts, _here.active = outer, bool(outer)
+        # Coroutines and generators may close them in another order than they opened them in.
+        rest = tuple(context for context in _here.contexts if context is not routed)
+        _here.contexts, _here.active = rest, bool(rest)
         _leave()
 
 
@@ -137,7 +138,7 @@ def _routed(
     """What stands for F.scaled_dot_product_attention while a context is open in any thread."""
     reason: str | None = "no context in this thread"
     if _here.active:
-        reason = _refusal(query, key, value, attn_mask, dropout_p, enable_gqa)
+        reason = _refusal(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
         if not is_compiling():  # a number that changes would be compiled anew with each change
             _count(reason)
     if reason is None:
@@ -156,13 +157,21 @@ def _count(reason: str | None) -> None:
 
 
 def _refusal(
-    query: Any, key: Any, value: Any, attn_mask: object, dropout_p: float, enable_gqa: bool
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: object,
+    dropout_p: float,
+    scale: object,
+    enable_gqa: bool,
 ) -> str | None:
     """Why a call stays PyTorch's, mistakes included; None if autoflash serves it."""
     if attn_mask is not None:
         return "attn_mask"
     if dropout_p != 0.0:
         return "dropout_p"
+    if scale is not None and not isinstance(scale, (float, int)):
+        return "scale"
     given = (query, key, value)
     for tensor in given:
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_nested:

@@ -1,6 +1,6 @@
 """Hugging Face transformers: models that run autoflash by `attn_implementation="auto_fa"`.
 
-    from autoflash.integrations.transformers import register_transformers
+    from autoflash.integrations import register_transformers
 
     register_transformers()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="auto_fa")
@@ -11,7 +11,7 @@ docs/integrations/transformers.md says which calls reach kernels and what serves
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -27,9 +27,11 @@ class Registration:
 
     Attributes:
         name: what `attn_implementation` is set to.
+        first: whether nobody had registered it before; a block within another takes nothing back.
     """
 
     name: str
+    first: bool = field(default=True, compare=False)
 
     def unregister(self) -> None:
         """Let transformers forget it; models that are set to it then fail when they run."""
@@ -46,7 +48,8 @@ class Registration:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.unregister()
+        if self.first:
+            self.unregister()
 
 
 def register_transformers(name: str = NAME) -> Registration:
@@ -81,9 +84,10 @@ def register_transformers(name: str = NAME) -> Registration:
             f"name={name!r} is an attention of transformers already. Choose another, such as "
             f"{NAME!r}."
         )
+    first = name not in attentions._global_mapping
     attentions.register(name, attend)
     masks.register(name, make_mask)  # without one, padding would be forgotten
-    return Registration(name)
+    return Registration(name, first)
 
 
 def _registries() -> tuple[Any, Any]:

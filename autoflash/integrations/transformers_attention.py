@@ -19,6 +19,10 @@ _TAKEN = ("module", "query", "key", "value", "attention_mask", "dropout", "scali
 _SPECIAL = sorted({*inspect.signature(sdpa_attention_forward).parameters} - {*_TAKEN, "kwargs"})
 """What else PyTorch's attention in transformers heeds: a paged cache, position biases."""
 
+_SPARSE = ("indices", "block_indices")
+"""Which keys a query sees, instead of a mask (DeepSeek V3.2, MiniMax M3). Models that choose keys
+put that into the mask for implementations that are called "eager" or "sdpa", and for no others."""
+
 
 def attend(
     module: torch.nn.Module,
@@ -55,8 +59,15 @@ def attend(
         weights: (batch, num_heads, seqlen_q, seqlen_k) with output_attentions=True, else None.
 
     Raises:
-        UnsupportedProblem: a paged cache or a position bias together with softcap or sinks.
+        UnsupportedProblem: a paged cache or a position bias together with softcap or sinks; keys
+            chosen by index.
     """
+    for name in _SPARSE:
+        if others.get(name) is not None:
+            raise UnsupportedProblem(
+                f"{name}: this model chooses the keys that each query sees, and kernels of "
+                "autoflash do not take such a choice. Set attn_implementation='sdpa'."
+            )
     wants_weights = bool(others.get("output_attentions"))
     special = [name for name in _SPECIAL if others.get(name) is not None]
     if special and (softcap or s_aux is not None):

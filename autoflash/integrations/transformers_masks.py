@@ -9,6 +9,7 @@ tensor, on which nothing is written, and attention goes by the mask itself: slow
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,20 +49,20 @@ class Pattern:
             at the position of its last key.
         window_size: how many before and after it, else None.
         parts: at most one for each sequence.
-        version: of the mask when this was written; None where PyTorch keeps none.
+        version: of the mask when this was written.
     """
 
     shape: tuple[int, int, int]
     causal: bool
     window_size: tuple[int, int] | None
     parts: tuple[Part, ...]
-    version: int | None
+    version: int
 
 
 def pattern_of(mask: Tensor, query: Tensor, key: Tensor) -> Pattern | None:
     """What is written on a mask, if it is still that mask and fits these (batch, _, seqlen, _)."""
     pattern: Pattern | None = getattr(mask, _WRITTEN, None)
-    if pattern is None or pattern.version != _version(mask):
+    if pattern is None or mask.is_inference() or pattern.version != mask._version:
         return None
     return pattern if pattern.shape == (query.shape[0], query.shape[2], key.shape[2]) else None
 
@@ -82,15 +83,19 @@ def make_mask(
         (batch_size, 1, q_length, kv_length), bool, True where a query sees a key; or None, where
         attention without a mask, causal if the layer is, is the same.
     """
-    mask: Tensor | None = sdpa_mask(
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
-        kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask, **others,
-    )  # fmt: skip
     # Lengths are read from the device below, once for all layers; a graph must not wait for them.
-    if mask is None or is_tracing(mask):
+    kind = None if is_tracing(attention_mask) else _kind(mask_function, others)
+    # A tensor made in inference mode has no version by which to notice that it was written to.
+    versioned = kind is not None and torch.is_inference_mode_enabled()
+    with torch.inference_mode(False) if versioned else nullcontext():
+        mask: Tensor | None = sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
+            kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
+            **others,
+        )  # fmt: skip
+    if mask is None or kind is None or is_tracing(mask) or mask.is_inference():
         return mask
-    kind = _kind(mask_function, others)
-    if kind is None or (attention_mask is not None and attention_mask.dim() != 2):
+    if attention_mask is not None and attention_mask.dim() != 2:
         return mask
     causal, window = kind
     if window is not None and not causal and (q_length != kv_length or q_offset or kv_offset):
@@ -100,7 +105,7 @@ def make_mask(
         shift = int(q_offset) - kv_offset
         parts = _parts(seen, q_length, kv_length, shift, causal, aligned=window is not None)
         shape = (batch_size, q_length, kv_length)
-        setattr(mask, _WRITTEN, Pattern(shape, causal, window, tuple(parts), _version(mask)))
+        setattr(mask, _WRITTEN, Pattern(shape, causal, window, tuple(parts), mask._version))
     return mask
 
 
@@ -166,7 +171,3 @@ def _parts(
             stop = min(stop, queries.stop + shift)
         if queries.start < queries.stop and first < stop:
             yield Part(rows, queries, slice(first, stop))
-
-
-def _version(mask: Tensor) -> int | None:
-    return None if mask.is_inference() else mask._version

@@ -309,7 +309,7 @@ def test_all_reviewed_winners_are_exported_and_always_alike(tmp_path: Path) -> N
     assert files == again
     name = "autoflash_kernels_nvidia_h200"
     table = json.loads(files[f"{name}/table.json"])
-    assert len(table["winners"]) == len(selection.entries) > 40
+    assert len(table["winners"]) == len(selection.entries) > 0
     digests = {entry.source.digest for entry in selection.entries}
     assert {facts["source_digest"] for facts in table["kernels"].values()} == digests
     for kernel in package.kernels(selection):

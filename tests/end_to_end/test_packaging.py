@@ -73,7 +73,7 @@ def test_an_installation_finds_its_data(
     inside = dist if kind == "editable" else tmp_path / "venv"
     assert Path(answer["package"]).is_relative_to(inside)
     assert Path(answer["templates_dir"]).is_relative_to(inside)
-    endings = (".py.jinja", ".cu.jinja", ".cpp.jinja")
+    endings = (".py.jinja", ".cu.jinja", ".cpp.jinja", ".flex.jinja")
     files = [
         path.relative_to(ROOT / "templates").as_posix()
         for path in (ROOT / "templates").rglob("*.jinja")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sqlite3
 import subprocess
@@ -209,7 +210,8 @@ def test_a_second_tuner_on_one_device_waits_and_then_says_who_has_it(
 
 def test_a_trial_whose_row_is_damaged_is_made_again(tmp_path: Path, database: Database) -> None:
     run(database, 2)
-    (first, second) = database.trials()
+    # The faster one, for the other may drop out of the race when it is tried again.
+    (first, second) = sorted(database.trials(), key=lambda record: record.latency_us or math.inf)
     raw = sqlite3.connect(tmp_path / "tuning.db")
     raw.execute("UPDATE trial SET record = substr(record, 1, 100) WHERE config = ?",
                 [first.config.key])  # fmt: skip
@@ -223,7 +225,7 @@ def test_a_trial_whose_row_is_damaged_is_made_again(tmp_path: Path, database: Da
     found = database.trials()
     assert second in found
     (again,) = (record for record in found if record.config == first.config)
-    assert again.outcome in ("ok", "slow")  # beside a faster second one it drops out of the race
+    assert again.outcome == "ok"
 
 
 def test_a_database_of_a_newer_version_is_left_alone(

@@ -55,6 +55,6 @@ def selection(records: Iterable[Record], **others: Any) -> Selection:
 def reviewed(device: str, *names: str) -> Selection:
     """The reviewed winners of a device, or those of some problems."""
     path = Settings.from_environment({}).tuning_db_dir / f"{device}.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records = [Record.from_dict(json.loads(line)) for line in lines]
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    records = [Record.from_dict(line) for line in lines if "problem" in line]
     return selection([each for each in records if not names or each.problem.name in names])

@@ -233,6 +233,7 @@ def test_gradients_that_must_repeat_are_left_to_pytorchs_switch() -> None:
         ({"cu_seqlens_k": torch.tensor([0, 6, 13], dtype=torch.int32)}, "beyond the 12 rows of k"),
         ({"cu_seqlens_q": torch.tensor([0, 7, 6], dtype=torch.int32)}, r"=\[0, 7, 6\] does not"),
         ({"cu_seqlens_q": torch.tensor([1, 6, 12], dtype=torch.int32)}, "does not start at 0"),
+        ({"v": torch.ones(11, 2, 16)}, "k has 12 rows and v 11; each key needs a value"),
         ({"max_seqlen_k": 5}, "max_seqlen_k=5, but a sequence of cu_seqlens_k has 6 rows"),
     ],
 )

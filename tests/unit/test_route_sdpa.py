@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autoflash.integrations import route_sdpa
+from autoflash.integrations import route_sdpa, sdpa
 from autoflash.runtime import fallback, serving
 
 # Parts of PyTorch warn of themselves when they are imported.
@@ -102,6 +102,7 @@ def grown() -> tuple[Tensor, ...]:
 LEFT = {
     "attn_mask": (qkv(1, 2, 9, 16), {"attn_mask": torch.ones(9, 9).tril().bool()}),
     "dropout_p": (qkv(1, 2, 9, 16), {"dropout_p": 0.5}),
+    "scale": (qkv(1, 2, 9, 16), {"scale": torch.tensor(0.5)}),
     "gradients": (grown(), {"is_causal": True}),
     "dtype": (tuple(x.double() for x in qkv(1, 2, 9, 16)), {}),
     "shapes": (qkv(1, 4, 9, 16, kv_heads=1), {}),
@@ -281,6 +282,18 @@ def test_contexts_nest_and_an_exception_closes_one() -> None:
     assert (outer.served, outer.left) == (2, {"shapes": 1})
     assert (inner.served, inner.left) == (0, {"shapes": 1})
     assert F.scaled_dot_product_attention is PLAIN
+
+
+def test_contexts_may_close_in_the_order_in_which_they_opened() -> None:
+    q, first, second = some(1, 2, 9, 16), route_sdpa(), route_sdpa()
+    first.__enter__()
+    routed = second.__enter__()
+    first.__exit__(None, None, None)
+    F.scaled_dot_product_attention(q, q, q)
+    second.__exit__(None, None, None)
+    assert routed.served == 1
+    assert F.scaled_dot_product_attention is PLAIN
+    assert not sdpa._here.active
 
 
 def test_it_decorates() -> None:

@@ -230,19 +230,34 @@ def logits_without_mask(model: Any, given: dict[str, Tensor]) -> Tensor:
         return model(given["input_ids"]).logits
 
 
-def test_a_mask_that_was_written_to_is_read(calls: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_mask_that_was_written_to_is_read(mode: Any) -> None:
     from autoflash.integrations.transformers_masks import make_mask, pattern_of
 
     given = {"batch_size": 1, "q_length": 4, "kv_length": 6, "q_offset": 2}
-    mask = make_mask(**given, allow_is_causal_skip=True)
-    assert mask is not None
-    q, k = torch.ones(1, 4, 4, 16), torch.ones(1, 2, 6, 16)
-    pattern = pattern_of(mask, q, k)
-    assert pattern is not None
-    assert (pattern.causal, pattern.parts[0].keys) == (True, slice(0, 6))
-    assert pattern_of(mask, q, k[:, :, :5]) is None  # a mask of other sizes
-    mask[..., 0] = False
-    assert pattern_of(mask, q, k) is None
+    with mode():
+        mask = make_mask(**given, allow_is_causal_skip=True)
+        assert mask is not None
+        q, k = torch.ones(1, 4, 4, 16), torch.ones(1, 2, 6, 16)
+        pattern = pattern_of(mask, q, k)
+        assert pattern is not None
+        assert (pattern.causal, pattern.parts[0].keys) == (True, slice(0, 6))
+        assert pattern_of(mask, q, k[:, :, :5]) is None  # a mask of other sizes
+        mask[..., 0] = False
+        assert pattern_of(mask, q, k) is None
+
+
+def test_a_model_that_chooses_keys_is_refused() -> None:
+    torch.manual_seed(0)
+    config = transformers.DeepseekV32Config(
+        **SIZES, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+        qk_nope_head_dim=16, v_head_dim=24, first_k_dense_replace=2, n_routed_experts=4,
+        index_topk=4, index_n_heads=2, index_head_dim=16,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.set_attn_implementation("auto_fa")
+    with pytest.raises(UnsupportedProblem, match=r"^indices: .*attn_implementation='sdpa'"):
+        model(prompt("none")["input_ids"])
 
 
 def test_training_is_served_by_pytorch() -> None:
@@ -324,6 +339,9 @@ def test_a_name_comes_and_goes() -> None:
     first, again = register_transformers("fast_fa"), register_transformers("fast_fa")
     assert first == again
     model = model_of("llama")
+    model.set_attn_implementation("fast_fa")
+    with register_transformers("fast_fa"):
+        pass  # it was there before
     model.set_attn_implementation("fast_fa")
     first.unregister()
     again.unregister()
