@@ -10,14 +10,14 @@ NEWEST_TRITON := 3.9.0
 # What developers install beside the package, with what loads its exports: `nvcc` too where the machine has none.
 EXTRAS := dev,consumers,frameworks,cuda$(if $(shell command -v nvcc 2>/dev/null),,$(COMMA)nvcc)
 
-TOGETHER := tests/unit tests/golden tests/exports tests/compile
+TOGETHER := tests/unit tests/golden tests/exports tests/compile tests/end_to_end
 
 .PHONY: tune test gpu browser newest-triton lint types imports format golden bench clean
 
 tune: $(VENV)/installed  ## exit 3 (nothing beat the default) is an answer, not a failure
 	$(BIN)/autoflash tune $(ARGS) || test $$? -eq 3
 
-# What times something, or makes processes fail, runs by itself; pytest's 5 is that ARGS chose no test of a part.
+# What asserts something of times, or kills processes, runs by itself. pytest's 5: ARGS chose no test of a part.
 test: $(VENV)/developed
 	$(BIN)/pytest --numprocesses 2 --dist loadfile $(TOGETHER) $(ARGS) || test $$? -eq 5
 	$(BIN)/pytest $(addprefix --ignore=,$(TOGETHER)) $(ARGS) || test $$? -eq 5
@@ -32,7 +32,8 @@ browser: $(VENV)/developed  ## Debian's where this user may install it, else Pla
 	  || $(BIN)/playwright install --only-shell chromium
 
 newest-triton: $(VENV)/developed $(VENV)/triton-$(NEWEST_TRITON)
-	PYTHONPATH=$(VENV)/triton-$(NEWEST_TRITON) $(BIN)/pytest tests/compile tests/exports/test_triton_configs.py -k "not cuda" $(ARGS)
+	PYTHONPATH=$(VENV)/triton-$(NEWEST_TRITON) $(BIN)/pytest tests/compile \
+	  tests/exports/test_triton_configs.py -k "not cuda" $(ARGS)
 
 lint: $(VENV)/developed
 	$(BIN)/ruff check .

@@ -172,7 +172,7 @@ def _match(
     problem = Problem.from_dict(entry["problem"])
     is_default = default is not None and default.source.digest == winner.source.digest
     common = {"problem": problem.to_dict(), "device": device.to_dict(), "seed": _SEED}
-    alone_s = evaluate_timeout_s(effort, problem, device)
+    alone_s, finals_ms = evaluate_timeout_s(effort, problem, device), effort.finalist_ms(device)
     checked = _ask(
         pool, "device",
         {"kind": "evaluate", "source": winner.to_dict(), "timing_ms": effort.timing_ms,
@@ -186,8 +186,8 @@ def _match(
         raced = _ask(
             pool, "device",
             {"kind": "finals", "sources": {n: side.to_dict() for n, side in racing.items()},
-             "rounds": effort.rounds, "finals_ms": effort.finals_ms, "torch": True, **common},
-            2 * alone_s + 10 * effort.finals_ms / 1e3,
+             "rounds": effort.rounds, "finals_ms": finals_ms, "torch": True, **common},
+            2 * alone_s + 10 * finals_ms / 1e3,
         )  # fmt: skip
     else:
         raced = checked
