@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from autoflash.device import Device
@@ -44,6 +45,18 @@ class Effort:
     compile_timeout_s: float = 120.0
     evaluate_timeout_s: float = 60.0
     turn_ms: float = 0.0
+
+    def within(self, seconds: float | None) -> Effort:
+        """The same with turns so short that the finals take no more than half of a problem's time.
+
+        Args:
+            seconds: for search and finals of one problem, on average; None is no limit.
+        """
+        if seconds is None:
+            return self
+        entries = self.finalists + 2  # the default and PyTorch
+        most_ms = 0.4e3 * seconds / (self.rounds * entries)
+        return dataclasses.replace(self, turn_ms=min(self.turn_ms, most_ms))
 
     def finalist_ms(self, device: Device) -> float:
         """Time spent on each finalist, at least, on a device of that kind."""

@@ -113,7 +113,8 @@ def tune(
     wanted = list(dict.fromkeys(problems))
     _check(wanted, max_trials, max_seconds)
     chosen = _chosen(catalog or installed(), templates)
-    budget = efforts.of(effort)
+    each_s = max_seconds * max(1, len(boards)) / max(1, len(wanted)) if max_seconds else None
+    budget = efforts.of(effort).within(each_s)
     present = bool(boards) or is_present(device) or workers is not None
     languages = {template.language for template in chosen.values()}
     jobs = build.jobs_within_memory(settings.get().jobs, languages, device)

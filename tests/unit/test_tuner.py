@@ -560,3 +560,12 @@ def test_finals_on_a_gpu_last_until_its_power_limit_shows(name, arch, each_ms):
     effort = EFFORTS[name]
     assert effort.finalist_ms(for_arch(arch)) == each_ms
     assert arch == "cpu" or name == "quick" or each_ms / effort.rounds >= 100.0
+
+
+def test_finals_leave_the_search_half_of_a_short_time():
+    normal, gpu = EFFORTS["normal"], for_arch("sm90")
+    assert normal.within(None) == normal.within(120.0) == normal
+    short = normal.within(17.5)
+    finals_s = (short.finalists + 2) * short.finalist_ms(gpu) / 1e3
+    assert 0.0 < finals_s <= 17.5 / 2
+    assert normal.within(0.0).finalist_ms(gpu) == normal.finals_ms
