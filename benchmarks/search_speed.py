@@ -263,9 +263,8 @@ def summary(report: dict[str, Any]) -> str:
             seconds = [value if value is not None else math.inf for value in found["seconds"]]
             spread = Spread.of(seconds)
             cells.append(f"{_text(spread.median, ' s')}, {_text(spread.worst, ' s')}")
-            cells.append(
-                f"{_percent(found['share']['median'])}, {_percent(found['share']['worst'])}"
-            )
+            share = found["share_of_serial"]
+            cells.append(f"{_percent(share['median'])}, {_percent(share['worst'])}")
         lines.append(f"| {' | '.join(cells)} |")
     overall = [
         f"{name}: median {_percent(found[kind]['median'])}, worst {_percent(found[kind]['worst'])} "

@@ -47,6 +47,8 @@ def test_the_report_compares_with_both_sweeps(
         assert report["overall"][name]["share"] == found["share"]
     assert out.with_suffix(".png").stat().st_size > 10_000
     said = capsys.readouterr().out
+    worst = row["searches"]["default"]["share_of_serial"]["worst"]
+    assert f", {100 * worst:.1f} % |" in said
     assert "| b4s4096h16/16d128f-bfloat16 | 74 |" in said
 
 
