@@ -24,8 +24,8 @@ class Effort:
             one finalist, six of up to three, nine of up to 25.
         finals_ms: time spent on each finalist, at least.
         turn_ms: on a GPU, time of each of its turns, at least. A board at its power limit lowers
-            its clocks within some 0.1 s, and then the kernel that takes less energy is the faster
-            one (docs/hopper-forward.md); a short turn shows what a cool board would do.
+            its clocks, and which kernel is fastest changes with that (docs/hopper-forward.md);
+            turns of 0.2 s show it, those of 14 ms did not.
         compiles: for a device that is absent: most configs compiled, the promising ones first.
         compile_seconds: likewise, time for compiling. None is no limit.
         compile_timeout_s: after which one compilation is killed.
