@@ -104,16 +104,18 @@ class _Forward:
             layout = self._layout(query, key, value, is_causal)
         if layout is None:
             return _by_torch(query, key, value, dropout_p, is_causal, return_debug_mask, scale)
-        q, k, v = query, key, value
-        if layout == "bshd":
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q, k, v = (_given(x, layout) for x in (query, key, value))
+        taken = "bhsd" if layout == "bhsd" else "bshd"
         self._here.serving = True
         try:
-            out, lse = serving.call(q, k, v, is_causal, None, 0.0, scale, None, True, layout)
+            out, lse = serving.call(q, k, v, is_causal, None, 0.0, scale, None, True, taken)
         finally:
             self._here.serving = False
         if layout == "bshd":
             out = out.transpose(1, 2)
+        elif layout == "sbhd":
+            out = out.view(query.shape[2], *query.shape[:2], query.shape[3]).permute(1, 2, 0, 3)
+            lse = lse.view(query.shape[:3])
         # Without dropout nobody reads the seed and the offset, here as in PyTorch's own.
         seed = torch.empty(2, dtype=torch.uint64, device=query.device)
         offset = torch.empty((), dtype=torch.uint64, device=query.device)
@@ -145,37 +147,54 @@ def _find_layout(
         return None
     if is_causal and query.shape[2] > key.shape[2]:
         return None  # rows that see no key: PyTorch's lse of them is inf, and its backward needs it
-    strides = torch.empty_like(query, device="meta").stride()
-    layout = "bhsd" if strides[1] >= strides[2] else "bshd"
-    out = query.new_empty(_reordered(query.shape, layout), device="meta")
-    if value.shape[3] != query.shape[3] or not _agree(
-        strides, _reordered(out.stride(), layout), query.shape
-    ):
+    if value.shape[3] != query.shape[3]:
         return None
-    q, k, v = query, key, value
-    if layout == "bshd":
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    layout = next((each for each in _ORDERS if _fits(each, query, key, value)), None)
+    if layout is None:
+        return None
+    q, k, v = (_given(x, layout) for x in (query, key, value))
+    taken = "bhsd" if layout == "bhsd" else "bshd"
     try:
-        request.check(q, k, v, causal=is_causal, layout=layout)
+        request.check(q, k, v, causal=is_causal, layout=taken)
     except InvalidInput:
         return None  # PyTorch has words of its own for it
     if request.no_kernel_for(q) is not None:
         return None
-    problem = request.problem_of(q, k, v, causal=is_causal, layout=layout)
+    problem = request.problem_of(q, k, v, causal=is_causal, layout=taken)
     dispatcher = serving.dispatcher(q.device.type, q.device.index)
     served = dispatcher.serve(problem, may_build=may_build)
     return layout if served.kernel is not None else None
 
 
-def _reordered(sizes: Any, layout: str) -> tuple[int, ...]:
-    """(batch, num_heads, seqlen, head_dim) in the order of a layout, or back."""
-    b, h, s, d = sizes
-    return (b, h, s, d) if layout == "bhsd" else (b, s, h, d)
+_ORDERS = {"bhsd": (0, 1, 2, 3), "bshd": (0, 2, 1, 3), "sbhd": (2, 0, 1, 3)}
+"""How (batch, num_heads, seqlen, head_dim) may lie in memory, outermost first.
+
+nn.MultiheadAttention makes the last one. A kernel sees that as one sequence of batch * num_heads
+heads: the head of K and V that a head attends to is the same.
+"""
 
 
-def _agree(one: Any, other: Any, shape: torch.Size) -> bool:
-    """Whether strides place all elements alike: those of a single row, head or batch do nothing."""
-    return all(a == b for a, b, size in zip(one, other, shape, strict=True) if size > 1)
+def _given(x: Tensor, layout: str) -> Tensor:
+    """(batch, num_heads, seqlen, head_dim) as a kernel is given it; copies nothing if `_fits`."""
+    if layout == "bhsd":
+        return x
+    x = x.permute(_ORDERS[layout])
+    return x if layout == "bshd" else x.flatten(1, 2).unsqueeze(0)
+
+
+def _fits(layout: str, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a kernel that is given q, k and v so makes an output with the strides wanted."""
+    order, shape = _ORDERS[layout], query.shape
+    wanted = torch.empty_like(query, device="meta").stride()
+    made = torch.empty([shape[axis] for axis in order], device="meta").stride()
+    # Strides of a single row, head or batch place nothing.
+    if any(
+        wanted[axis] != stride for axis, stride in zip(order, made, strict=True) if shape[axis] > 1
+    ):
+        return False
+    return layout != "sbhd" or all(
+        1 in x.shape[:2] or x.stride(0) == x.shape[1] * x.stride(1) for x in (query, key, value)
+    )
 
 
 def _by_torch(

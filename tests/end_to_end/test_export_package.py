@@ -155,6 +155,8 @@ for each, facts in table.table()["kernels"].items():
     for function in ("kernel", "combine"):
         if facts["language"] == "python" and hasattr(module, function):
             made = triton.compiled(module, each, function)
+            # A launcher takes its arguments in the order of the signature.
+            assert [*made.src.signature] == getattr(module, function).arg_names
             found[f"{each}.{function}"] = [made.metadata.target.arch, len(made.asm["cubin"])]
 print(json.dumps(found))
 """

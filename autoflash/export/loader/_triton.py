@@ -67,9 +67,10 @@ def compiled(module: types.ModuleType, name: str, function: str = "kernel") -> A
     from triton.experimental.gluon._runtime import GluonASTSource
 
     facts, jit = table()["kernels"][name], getattr(module, function)
+    types = facts["signature"]
     source = (GluonASTSource if jit.is_gluon() else ASTSource)(
         jit,
-        facts["signature"],
+        {each: types[each] for each in jit.arg_names},  # its launcher takes them in this order
         attrs={(place,): [["tt.divisibility", by]] for place, by in facts["divisible"]},
     )
     arch = int(table()["header"]["device"]["arch"][2:])
