@@ -50,8 +50,10 @@ class _Here(threading.local):
         active: whether there are any; what torch.compile traces reads no more than this.
     """
 
-    contexts: tuple[Routed, ...] = ()
-    active = False
+    def __init__(self) -> None:
+        # Not as defaults of the class: torch.compile would read those, from Python 3.12 on.
+        self.contexts: tuple[Routed, ...] = ()
+        self.active = False
 
 
 _here = _Here()
