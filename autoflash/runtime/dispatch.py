@@ -421,7 +421,8 @@ def _stale(record: Record, device: Device, catalog: Catalog) -> str | None:
 
 
 def _traits(problem: Problem) -> tuple[object, ...]:
-    return tuple(problem.traits.values())
+    """What a kernel is rendered for; another library's is compiled for its very sizes."""
+    return (problem,) if problem.is_foreign else tuple(problem.traits.values())
 
 
 def _group(problem: Problem) -> tuple[object, ...]:

@@ -40,7 +40,7 @@ def test_the_winners_of_a_device_serve_where_autoflash_is_not(tmp_path: Path) ->
     python = venvs.venv(tmp_path / "venv", venvs.dependencies(tmp_path / "dependencies"))
     cases = [
         case((1, 1024, 4, 128), (1, 1024, 4, 128), "bfloat16", causal=True),
-        case((2, 777, 8, 128), (2, 1333, 2, 128), "bfloat16", causal=True),
+        case((2, 1777, 8, 128), (2, 2333, 2, 128), "bfloat16", causal=True),
         case((1, 1500, 4, 128), (1, 700, 4, 128), "bfloat16", causal=True),  # rows see nothing
         case((2, 1111, 4, 128), (2, 1111, 4, 128), "bfloat16", causal=True, layout="bhsd"),
         case((16, 1024, 8, 256), (16, 1024, 8, 256), "bfloat16", causal=True),
@@ -48,7 +48,7 @@ def test_the_winners_of_a_device_serve_where_autoflash_is_not(tmp_path: Path) ->
         case((2, 1500, 8, 256), (2, 700, 8, 256), "bfloat16", causal=True),
         case((2, 1001, 8, 64), (2, 999, 4, 64), "bfloat16"),
         case((1, 1024, 4, 128), (1, 1024, 4, 128), "float8_e4m3fn", causal=True),
-        case((2, 900, 4, 128), (2, 1100, 2, 128), "float8_e4m3fn", causal=True),
+        case((2, 900, 8, 128), (2, 1100, 4, 128), "float8_e4m3fn", causal=True),
         # What nothing was tuned for.
         case((1, 300, 4, 80), (1, 300, 4, 80), "float16", causal=True),
     ]
@@ -80,7 +80,8 @@ def test_the_benchmark_finds_it_as_fast(tmp_path: Path) -> None:
         [sys.executable, str(root / "benchmarks" / "export_package.py"), "--out", str(out),
          "--rounds", "5", "--budget-ms", "20"],
         cwd=root, capture_output=True, text=True, check=False,
-        env={**environment(), "PYTHONPATH": str(root),
+        # What autoflash needs may be on the path and not installed.
+        env={**environment(), "PYTHONPATH": os.pathsep.join([str(root), *sys.path]),
              "AUTOFLASH_CACHE_DIR": os.environ["AUTOFLASH_CACHE_DIR"]},
     )  # fmt: skip
     # How fast, is the benchmark's to judge: 1 says slower, and so does Python of an error.

@@ -346,6 +346,15 @@ def test_problems_that_differ_only_in_size_share_a_kernel(catalog: Catalog) -> N
     assert len(builder.sources) == 3
 
 
+def test_flexattention_is_compiled_for_each_size() -> None:
+    builder = Builder()
+    dispatcher = Dispatcher(HERE, [], installed(), builder)
+    names = ("flex:b1s1024h2d64c", "flex:b1s4096h2d64c", "flex:b1s1024h2d64c")
+    one, other, again = (dispatcher.serve(Problem.parse(name)).kernel for name in names)
+    assert one is again is not other
+    assert ["1024, 1024" in each.text for each in builder.sources] == [True, False]
+
+
 def test_a_config_that_cannot_be_built_gives_way_to_the_default(catalog: Catalog) -> None:
     builder = Builder("block_m = 32")
     dispatcher = Dispatcher(HERE, [record(catalog, ASKED)], catalog, builder)
