@@ -196,7 +196,7 @@ class DispatchTable:
         policy: how the times were taken.
         digests: template -> its digest then, for each template of `configs`.
         configs: those that were timed.
-        leaves: ranges that no two share a shape of; together they hold every shape.
+        leaves: ranges that no two share a shape of; each training probe is in one.
         probes: the evidence.
         tuned: (problem, index of its winner's config), as serving by the nearest record would have
             them.
@@ -216,7 +216,10 @@ class DispatchTable:
     created: str = ""
 
     def leaf(self, problem: Problem) -> Leaf | None:
-        """The leaf of a problem of this family; None where nothing alike was measured."""
+        """The leaf of a problem of this family; None where nothing alike was measured.
+
+        Serving goes on with the nearest winner there, and so does `time_us`.
+        """
         near = (p.problem.distance(problem) <= REACH for p in self.probes if not p.held_out)
         if Family.of(problem) != self.family or not any(near):
             return None

@@ -7,6 +7,7 @@ the worst regret of a tree is the worse one of its two sides, each of which is s
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -22,6 +23,9 @@ FEWEST_PROBES = 2
 SLACK = 0.02
 """A config that is slower than the default by more, at any probe of a leaf, cannot be the leaf's:
 repeated measurements move by less."""
+BOUNDED = ("tiles", "seqlen_k")
+"""What says whether work fills a device, and whether keys are worth sharing out: the default that a
+config was compared with may be another one where these are smaller or larger than at its probes."""
 GAIN = 0.005
 """In the mean over a leaf a config must beat the default by as much, and a table of more leaves one
 of fewer: a smaller difference is noise."""
@@ -46,7 +50,9 @@ def partition(probes: Sequence[Probe], *, most_leaves: int = MOST_LEAVES) -> tup
 
     In a leaf the default serves unless one config beats it there: nowhere slower than SLACK allows
     and faster by GAIN in the geometric mean. Of the trees whose worst and mean regret are within
-    GAIN of the best one's, the one with the fewest leaves is taken.
+    GAIN of the best one's, the one with the fewest leaves is taken. A leaf in which a config serves
+    is then bounded by its probes in BOUNDED, half-way to the nearest one outside: beyond, where
+    nobody compared it, no leaf speaks.
 
     Args:
         probes: of one family; those that are held out are not looked at.
@@ -66,7 +72,7 @@ def partition(probes: Sequence[Probe], *, most_leaves: int = MOST_LEAVES) -> tup
         return tree.worst <= least.worst + GAIN and tree.total / count <= least.total / count + GAIN
 
     chosen = next(tree for tree in trees if is_as_good(tree))
-    return tuple(search.leaves(chosen, ()))
+    return tuple(_bounded(leaf, seen) for leaf in search.leaves(chosen, ()))
 
 
 class _Search:
@@ -144,26 +150,50 @@ def _merit(tree: _Tree) -> tuple[float, float, int]:
 def _splits(probes: Sequence[Probe]) -> list[tuple[str, int, int]]:
     """Each way to divide the probes: feature, threshold, the mask of those at or below it.
 
-    The threshold lies half-way in doublings between two probes; of features that divide alike the
-    first one counts.
+    Of features that divide alike the first one counts.
     """
     found: dict[int, tuple[str, int, int]] = {}
     for feature, value in FEATURES.items():
         values = [value(probe.problem) for probe in probes]
         distinct = sorted(set(values))
         for one, two in itertools.pairwise(distinct):
-            threshold = max(one, min(two - 1, math.isqrt(one * two)))
+            threshold = _half_way(one, two)
             below = sum(1 << number for number, each in enumerate(values) if each <= threshold)
             found.setdefault(below, (feature, threshold, below))
     return list(found.values())
 
 
+def _half_way(one: int, two: int) -> int:
+    """A threshold between two values, in doublings: the smaller lies at or below it."""
+    return max(one, min(two - 1, math.isqrt(one * two)))
+
+
+def _bounded(leaf: Leaf, probes: Sequence[Probe]) -> Leaf:
+    """The leaf, of a config, as far as its probes reach in BOUNDED."""
+    if leaf.config is None:
+        return leaf
+    where = leaf.where
+    for feature in BOUNDED:
+        values = [(FEATURES[feature](p.problem), leaf.holds(p.problem)) for p in probes]
+        inside = [value for value, holds in values if holds]
+        outside = [value for value, holds in values if not holds]
+        least, most = min(inside), max(inside)
+        below = max((value for value in outside if value < least), default=None)
+        beyond = min((value for value in outside if value > most), default=None)
+        if below is not None:
+            where = _narrowed(where, Bound(feature, _half_way(below, least), None))
+        if beyond is not None:
+            where = _narrowed(where, Bound(feature, None, _half_way(most, beyond)))
+    return dataclasses.replace(leaf, where=where)
+
+
 def _narrowed(where: tuple[Bound, ...], bound: Bound) -> tuple[Bound, ...]:
-    """`where` with one more bound, joined to one of the same feature."""
-    feature, above, most = bound
-    for old in where:
-        if old.feature == feature:
-            above = old.above if above is None else above
-            most = old.most if most is None else most
-    others = tuple(old for old in where if old.feature != feature)
-    return (*others, Bound(feature, above, most))
+    """`where` with one more bound, joined to one of the same feature: both hold."""
+    feature, *_ = bound
+    same = [old for old in where if old.feature == feature]
+    above = max((b.above for b in (*same, bound) if b.above is not None), default=None)
+    most = min((b.most for b in (*same, bound) if b.most is not None), default=None)
+    joined = Bound(feature, above, most)
+    if same:
+        return tuple(joined if old is same[0] else old for old in where)
+    return (*where, joined)
