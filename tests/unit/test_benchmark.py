@@ -269,6 +269,29 @@ def test_a_fallback_does_not_count_as_the_fused_kernel(
     assert ("unfused fallback" in slow.reason) == fused
 
 
+def test_a_provider_that_compiles_once_more_takes_part_in_the_rounds(
+    cpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [0]
+
+    def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> peers.Call:
+        right = peers.PEERS["naive"].make(*(t.transpose(1, 2) for t in (q, k, v)), problem)
+
+        def call() -> torch.Tensor:
+            calls[0] += 1
+            if calls[0] == 2:  # the first that is looked at
+                time.sleep(0.3)
+            return right()
+
+        return call
+
+    _add(monkeypatch, "late", make, fused=False)
+    report = run([TINY], cpu, ["autoflash", "late"], rounds=5, budget_ms=5)
+    late = report.rows[1]
+    assert late.outcome == "ok"
+    assert late.speedup is not None
+
+
 def test_a_run_that_is_stopped_leaves_what_it_measured(cpu: Device, tmp_path: Path) -> None:
     kept = tmp_path / "reports" / "bench.json"
 
