@@ -23,6 +23,9 @@ from autoflash.errors import DatabaseCorrupt, DatabaseError
 BUSY_TIMEOUT_S = 30.0
 """Longest wait for another process's write; ours take milliseconds, a merge at most seconds."""
 
+_LOCK = int.from_bytes(b"autoflas", "big", signed=True)
+"""PostgreSQL's advisory lock of a writer; locks are of one database of the server."""
+
 _SQLITE = re.compile(r"sqlite(?:\+pysqlite)?:(?P<rest>.*)", re.DOTALL)
 _PASSWORD = re.compile(r"(?<=://)(?P<user>[^:/@]*):.*@")
 _CLOSED = ("readonly database", "unable to open")
@@ -191,7 +194,10 @@ def server(place: Place) -> sa.Engine:
     """
     assert place.url is not None
     try:
-        return sa.create_engine(place.url, pool_pre_ping=True)
+        engine = sa.create_engine(place.url, pool_pre_ping=True)
+        if engine.dialect.name == "postgresql":
+            sa.event.listen(engine, "begin", _begin_on_postgresql)
+        return engine
     except NoSuchModuleError:
         raise DatabaseError(
             f"{place.shown}: SQLAlchemy knows no database {place.url.drivername!r}; without any "
@@ -231,6 +237,13 @@ def _begin(connection: sa.Connection) -> None:
     # between; one that takes the write lock first waits its turn.
     immediate = connection.get_execution_options().get("autoflash_write", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+
+
+def _begin_on_postgresql(connection: sa.Connection) -> None:
+    # Writers come one after the other, as SQLite's do: of several that meet an empty database one
+    # makes the tables, and none keeps a winner that another has just replaced by a better one.
+    if connection.get_execution_options().get("autoflash_write", False):
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
 
 
 @contextmanager

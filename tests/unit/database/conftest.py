@@ -6,12 +6,14 @@ import os
 import shutil
 import stat
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from autoflash import settings
 from autoflash.config import Config
@@ -21,6 +23,8 @@ from autoflash.problem import Problem
 from autoflash.record import Measurement, Record
 
 NOBODY = 65534
+SERVER = os.environ.get("AUTOFLASH_TEST_SERVER", "")
+"""URL of a database on a PostgreSQL server where more may be made: `url` is there then."""
 CURRENT = {"triton/fwd": "d1", "cpp/fwd": "c1"}
 """Template digests as they are now, in these tests."""
 
@@ -67,9 +71,22 @@ def packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def url(packs: Path, tmp_path: Path) -> str:
-    """Of a database that does not exist yet."""
-    return f"sqlite:///{tmp_path}/autoflash.db"
+def url(packs: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Of a database that does not exist yet: a file, or on SERVER an empty one."""
+    if not SERVER or request.node.get_closest_marker("sqlite"):
+        yield f"sqlite:///{tmp_path}/autoflash.db"
+        return
+    server = sa.create_engine(SERVER, isolation_level="AUTOCOMMIT")
+    name = f"autoflash_test_{uuid.uuid4().hex}"
+    with server.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    try:
+        made = server.url.set(database=name)
+        yield made.render_as_string(hide_password=False)
+    finally:
+        with server.connect() as connection:
+            connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+        server.dispose()
 
 
 @pytest.fixture

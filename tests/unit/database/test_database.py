@@ -152,6 +152,7 @@ def test_an_unknown_run_is_an_error(database: Database, record: Make) -> None:
     assert database.trials() == []
 
 
+@pytest.mark.sqlite
 def test_a_row_that_does_not_parse_is_a_miss(database: Database, url: str, record: Make) -> None:
     for number in range(4):
         database.add(record(latency_us=10.0 + number))
@@ -281,6 +282,7 @@ def test_summary_counts_rows(database: Database, record: Make) -> None:
         "b2s300h8d64fw1x2-float8_e4m3fn",
     ],
 )
+@pytest.mark.sqlite
 def test_a_problem_is_stored_with_all_its_fields(
     database: Database, url: str, record: Make, name: str
 ) -> None:

@@ -135,6 +135,7 @@ def test_a_directory_is_no_database(packs: Path, tmp_path: Path) -> None:
 # Versions -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sqlite
 def test_the_migrations_make_the_tables_that_are_used(database: Database) -> None:
     with sa.create_engine(f"sqlite:///{database.place}").connect() as opened:
         differences = compare_metadata(MigrationContext.configure(opened), tables.metadata)
@@ -391,6 +392,7 @@ def test_an_empty_file_becomes_a_database(packs: Path, tmp_path: Path, record: M
         assert database.trials() == [record()]
 
 
+@pytest.mark.sqlite
 def test_a_full_disk_loses_nothing_that_was_stored(database: Database, record: Make) -> None:
     database.add(record())
     with database._store.opened.engine.connect() as opened:
@@ -411,6 +413,7 @@ def test_a_full_disk_loses_nothing_that_was_stored(database: Database, record: M
 
 
 @pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.sqlite
 def test_a_full_disk_keeps_nobody_from_reading(
     packs: Path, url: str, record: Make, monkeypatch: pytest.MonkeyPatch, exists: bool
 ) -> None:

@@ -365,6 +365,7 @@ def test_many_trials_are_merged(
         assert database.trials() == other.trials()
 
 
+@pytest.mark.sqlite
 def test_what_cannot_be_merged_is_named(database: Database, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"no database .*none.db to merge"):
         database.merge(f"sqlite:///{tmp_path}/none.db")

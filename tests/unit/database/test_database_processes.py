@@ -55,6 +55,7 @@ def test_writers_that_start_at_once_all_succeed(
         assert database.summary()["pack"] == 1
 
 
+@pytest.mark.sqlite
 def test_a_killed_writer_loses_nothing_that_was_stored(packs: Path, url: str, record: Make) -> None:
     writer = start(url, record(), "killed", 100_000)
     assert writer.stdout is not None
@@ -74,6 +75,7 @@ def test_a_killed_writer_loses_nothing_that_was_stored(packs: Path, url: str, re
         connection.close()
 
 
+@pytest.mark.sqlite
 def test_a_reader_is_not_held_up_by_a_writer_nor_reads_half(
     database: Database, url: str, record: Make
 ) -> None:
@@ -87,6 +89,7 @@ def test_a_reader_is_not_held_up_by_a_writer_nor_reads_half(
     writer.close()
 
 
+@pytest.mark.sqlite
 def test_a_writer_that_waits_in_vain_says_so(
     packs: Path, url: str, record: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

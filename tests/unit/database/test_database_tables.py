@@ -135,6 +135,7 @@ def test_prune_takes_away_tables_of_former_templates(database: Database) -> None
     assert database.tables() == [table()]
 
 
+@pytest.mark.sqlite
 def test_a_row_that_does_not_parse_is_a_miss(database: Database, tmp_path: Path) -> None:
     for each in (FULL, table()):
         database.set_table(each)
