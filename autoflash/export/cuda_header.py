@@ -17,7 +17,19 @@ from autoflash.export.target import Options, Target
 _TILE = ("block_m", "block_n")
 """Derived values that belong to a tile where they are not chosen themselves."""
 
-_RULE = "letters, digits and underscores make a namespace, no digit first"
+_RULE = "letters, digits and underscores make a namespace, no digit first and no word of C++"
+# Of C++20, and std.
+_WORDS = (
+    "alignas|alignof|and|and_eq|asm|auto|bitand|bitor|bool|break|case|catch|char|char16_t|"
+    "char32_t|char8_t|class|co_await|co_return|co_yield|compl|concept|const|const_cast|"
+    "consteval|constexpr|constinit|continue|decltype|default|delete|do|double|dynamic_cast|"
+    "else|enum|explicit|export|extern|false|float|for|friend|goto|if|inline|int|long|mutable|"
+    "namespace|new|noexcept|not|not_eq|nullptr|operator|or|or_eq|private|protected|public|"
+    "register|reinterpret_cast|requires|return|short|signed|sizeof|static|static_assert|"
+    "static_cast|std|struct|switch|template|this|thread_local|throw|true|try|typedef|typeid|"
+    "typename|union|unsigned|using|virtual|void|volatile|wchar_t|while|xor|xor_eq"
+)
+_NAMES = rf"(?!(?:{_WORDS})\Z)[A-Za-z]\w*"
 
 _HEAD = """
 // Tiles of the CUDA kernels that autoflash tuned: a namespace per device and kernel, for a tile is
@@ -47,7 +59,7 @@ class Family(NamedTuple):
 
 
 def _files(selection: Selection, options: Options) -> Mapping[str, str]:
-    name, device = options.named("autoflash", r"[A-Za-z_]\w*", _RULE), selection.device
+    name, device = options.named("autoflash", _NAMES, _RULE), selection.device
     here = f"{name}::{_identifier(device.slug)}"
     kernels: dict[str, list[Entry]] = {}
     for entry in selection.entries:

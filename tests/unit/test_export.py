@@ -333,6 +333,7 @@ def test_the_command_writes_and_says_what_it_left_out(run: Run, tmp_path: Path) 
         (("triton-configs", "--name", "two words"), "--name 'two words'"),
         (("triton-configs", "--name", "triton"), "would hide the module triton"),
         (("cuda-header", "--name", "a-b"), "make a namespace"),
+        (("cuda-header", "--name", "int"), "no word of C++"),
         (("flex", "--op", "fwd"), "--op fwd"),
         (("kernel-tuner", "--name", "some"), "leave it"),
     ],
