@@ -1,7 +1,7 @@
 """How soon does the search find what an exhaustive sweep finds? From recorded tables, or for real.
 
 python benchmarks/sweep.py --templates 'gluon/*,triton/*' --do-bench 10 --out tests/replay
-python benchmarks/search_speed.py tests/replay --out benchmarks/nvidia-h200/search_speed.json
+python benchmarks/search_speed.py tests/replay benchmarks/nvidia-h200/sweeps --out speed.json
 python benchmarks/search_speed.py tests/replay --real b4s4096h16d128c,b4s4096h32d64f --out ...
 
 Measured, once per config, on the device that the tables name: seconds to compile, to load, to check
@@ -303,7 +303,7 @@ def draw(report: dict[str, Any], out: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(
         "wall time until within 1 % of the sweep's best, over that of the sweep as\n"
-        "triton.autotune does it (dot: median of seeds, bar: worst; dotted: a fifth)"
+        "triton.autotune does it (dot: median of seeds, bar: worst, at 2: never; dotted: a fifth)"
     )
     axes.legend(fontsize=8)
     figure.suptitle(f"{report['device']}, {report['date'][:10]}", fontsize=10)
