@@ -125,6 +125,10 @@ def _require(device: Device) -> None:
         )
 
 
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".split("\n", maxsplit=1)[0]
+
+
 def _free(device: Device) -> None:
     if device.is_cuda:
         import torch
@@ -199,7 +203,7 @@ class _Comparison:
                 q, k, v, inputs.out, None, inputs.softmax_scale, inputs.layout, problem=self.problem
             )
         except Exception as error:  # what the other library raises where it cannot compile
-            self.failed[OURS] = ("unavailable", f"{type(error).__name__}: {error}".split("\n")[0])
+            self.failed[OURS] = ("unavailable", _first_line(error))
             return
 
         def call() -> torch.Tensor:
@@ -210,12 +214,17 @@ class _Comparison:
 
     def _check(self, name: str) -> float:
         """Compare one output with the reference; how long a call takes, roughly."""
-        for _ in range(2):
-            start = time.perf_counter()
-            out = self._run(name)
-            took_us = (time.perf_counter() - start) * 1e6
-            if took_us < _LONG_US:
-                break  # what took longer may have been compiled meanwhile
+        try:
+            for _ in range(2):
+                start = time.perf_counter()
+                out = self._run(name)
+                took_us = (time.perf_counter() - start) * 1e6
+                if took_us < _LONG_US:
+                    break  # what took longer may have been compiled meanwhile
+        except Exception as error:  # whatever a library raises: the others are compared
+            del self.calls[name]
+            self.failed[name] = ("unavailable", _first_line(error))
+            return math.inf
         layout = "bshd" if name == OURS else PEERS[name].layout
         verdict = self.case.compare(out, layout=layout)
         self.error_ratios[name] = verdict.error_ratio

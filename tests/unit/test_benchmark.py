@@ -269,6 +269,26 @@ def test_a_fallback_does_not_count_as_the_fused_kernel(
     assert ("unfused fallback" in slow.reason) == fused
 
 
+def test_a_provider_that_fails_in_the_end_gets_a_row_with_the_reason(
+    cpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [0]
+
+    def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> peers.Call:
+        def call() -> torch.Tensor:
+            calls[0] += 1
+            if calls[0] > 1:
+                raise ValueError("not this length\nand more")
+            return torch.zeros_like(q)
+
+        return call
+
+    _add(monkeypatch, "moody", make, fused=True)
+    report = run([TINY], cpu, ["naive", "moody"], rounds=5, budget_ms=2)
+    assert [row.outcome for row in report.rows] == ["ok", "unavailable"]
+    assert report.rows[1].reason == "ValueError: not this length"
+
+
 def test_a_provider_that_compiles_once_more_takes_part_in_the_rounds(
     cpu: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
