@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.workers import FakeWorkers
 
 from autoflash import errors
 from autoflash.codegen.catalog import Catalog
@@ -20,7 +21,6 @@ from autoflash.record import Record
 from autoflash.tuning import boards, tuner
 from autoflash.tuning.boards import Board
 from autoflash.tuning.effort import Effort
-from autoflash.tuning.pool import Finished
 from autoflash.tuning.tuner import Event, TuneResult, tune
 
 CATALOG = Catalog.load(Path(__file__).parents[1] / "data" / "plane")
@@ -42,7 +42,7 @@ class Host:
         self.boards = [Board(index=i, device=GPU, visible=str(i)) for i in range(devices)]
         self.compiled: list[tuple[int, int]] = []
         self.evaluated: dict[str, list[tuple[str, tuple[int, int]]]] = {}
-        self.pools: list[Pretend] = []
+        self.pools: list[Workers] = []
         self.on_evaluate: Callable[[str], Reply | None] = lambda board: None
         self.on_finals: Callable[[str], Reply | None] = lambda board: None
         self.dead: set[str] = set()
@@ -50,8 +50,8 @@ class Host:
         # Nobody goes on before each has a problem, or one thread could do it all.
         self._all_there = threading.Barrier(devices)
 
-    def pool(self, *, jobs: int, cache_dir: Path, visible: str | None) -> Pretend:
-        self.pools.append(Pretend(self, visible or ""))
+    def pool(self, *, jobs: int, cache_dir: Path, visible: str | None) -> Workers:
+        self.pools.append(Workers(self, visible or ""))
         return self.pools[-1]
 
     def compile(self, request: Reply, board: str) -> Reply:
@@ -81,36 +81,17 @@ class Host:
         return {"outcome": "ok", "measurements": times, "rounds": rounds, "provider": None}
 
 
-class Pretend:
+class Workers(FakeWorkers):
     """Workers of one board, or those that compile."""
 
     def __init__(self, host: Host, board: str) -> None:
+        super().__init__()
         self.host, self.board = host, board
-        self.closed = False
-        self._queue: deque[tuple[str, str, Reply]] = deque()
 
-    def submit(self, role: str, key: str, request: Reply, timeout_s: float) -> None:
+    def answer(self, request: Reply) -> Reply:
         assert not self.closed
-        self._queue.append((role, key, request))
-
-    def pending(self, role: str) -> int:
-        return sum(queued == role for queued, _, _ in self._queue)
-
-    def wait(self, timeout_s: float) -> list[Finished]:
-        if not self._queue:
-            return []
-        role, key, request = self._queue.popleft()
-        reply = getattr(self.host, request["kind"])(request, self.board)
-        return [Finished(role, key, dict(reply), 0.01)]
-
-    def cancel(self, role: str) -> list[str]:
-        keys = [key for queued, key, _ in self._queue if queued == role]
-        self._queue = deque(job for job in self._queue if job[0] != role)
-        return keys
-
-    def close(self) -> None:
-        self._queue.clear()
-        self.closed = True
+        reply: Reply = getattr(self.host, request["kind"])(request, self.board)
+        return reply
 
 
 def at(request: Reply) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.workers import FakeWorkers
 
 from autoflash import device, errors
 from autoflash.codegen.catalog import Catalog
@@ -24,7 +25,6 @@ from autoflash.tuning import finals
 from autoflash.tuning import probes as probe_shapes
 from autoflash.tuning.effort import EFFORTS
 from autoflash.tuning.generalise import Generalised, generalise
-from autoflash.tuning.pool import Finished
 from autoflash.tuning.timing import policy_for
 
 DATA = Path(__file__).parents[1] / "data"
@@ -43,39 +43,21 @@ def times(problem: Problem, x: int) -> float:
     return 100.0 if x == 6 else 80.0 if problem.seqlen_k >= 1024 else 120.0
 
 
-class Pretend:
+class Workers(FakeWorkers):
     """Workers that answer at once, by the numbers in the source and the problem."""
 
     def __init__(self, latency_us: Callable[[Problem, int], float] = times) -> None:
+        super().__init__()
         self.latency_us = latency_us
         self.faults: Callable[[Problem, int], Reply | None] = lambda problem, x: None
         self.turn_faults: deque[Reply] = deque()
         self.compile_faults: dict[int, Reply] = {}
-        self.seen: Counter[str] = Counter()
         self.interrupt_after: int | None = None
-        self._queue: deque[tuple[str, str, Reply]] = deque()
 
-    def submit(self, role: str, key: str, request: Reply, timeout_s: float) -> None:
-        self._queue.append((role, key, request))
-
-    def pending(self, role: str) -> int:
-        return sum(queued == role for queued, _, _ in self._queue)
-
-    def wait(self, timeout_s: float) -> list[Finished]:
-        if not self._queue:
-            return []
-        role, key, request = self._queue.popleft()
-        self.seen[request["kind"]] += 1
+    def answer(self, request: Reply) -> Reply:
         if self.seen["finals"] == self.interrupt_after:
             raise KeyboardInterrupt
-        return [Finished(role, key, dict(getattr(self, request["kind"])(request)), 0.01)]
-
-    def cancel(self, role: str) -> list[str]:
-        self._queue.clear()
-        return []
-
-    def close(self) -> None:
-        self._queue.clear()
+        return super().answer(request)
 
     def hello(self, request: Reply) -> Reply:
         return {"outcome": "ok", "environment": {"torch": "pretended"}}
@@ -138,7 +120,7 @@ def database() -> Iterator[Database]:
         yield opened
 
 
-def run(database: Database, workers: Pretend, *winners: Record, **options: Any) -> Generalised:
+def run(database: Database, workers: Workers, *winners: Record, **options: Any) -> Generalised:
     options = {"effort": EFFORT, "catalog": CATALOG, "count": 20, **options}
     (found,) = generalise(
         winners or (winner(),), GPU, database=database, workers=workers, **options
@@ -147,7 +129,7 @@ def run(database: Database, workers: Pretend, *winners: Record, **options: Any) 
 
 
 def test_the_winner_serves_where_it_wins_and_the_default_elsewhere(database: Database) -> None:
-    found = run(database, Pretend())
+    found = run(database, Workers())
     assert (found.status, found.measured, found.wanted, found.reason) == ("improved", 20, 20, "")
     made = found.table
     assert made is not None
@@ -175,7 +157,7 @@ def test_the_winner_serves_where_it_wins_and_the_default_elsewhere(database: Dat
 
 
 def test_every_time_of_a_shape_is_stored_and_of_the_same_turns(database: Database) -> None:
-    made = run(database, Pretend(), count=10).table
+    made = run(database, Workers(), count=10).table
     assert made is not None
     trials = database.trials()
     assert len(trials) == 20
@@ -188,38 +170,38 @@ def test_every_time_of_a_shape_is_stored_and_of_the_same_turns(database: Databas
 
 
 def test_what_was_measured_is_not_measured_again(database: Database) -> None:
-    first = run(database, Pretend(), count=10).table
-    again = Pretend()
+    first = run(database, Workers(), count=10).table
+    again = Workers()
     second = run(database, again, count=10).table
     assert again.seen == {"hello": 1}
     assert first is not None
     assert second is not None
     assert second.leaves == first.leaves
-    more = Pretend()
+    more = Workers()
     assert run(database, more, count=13).measured == 13
     assert more.seen["finals"] == 3
     # Another winner: its times are compared with those of the same turns only.
     other = winner(config=Config.of("triton/plane", {"x": 1, "y": 1, "same": "a"}))
-    third = Pretend()
+    third = Workers()
     run(database, third, winner(), other, count=10)
     assert third.seen["finals"] == 10
 
 
 def test_ctrl_c_keeps_what_there_is_and_the_next_run_goes_on(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     workers.interrupt_after = 9
     found = run(database, workers)
     assert (found.status, found.measured, found.wanted) == ("partial", 8, 20)
     assert "interrupted" in found.reason
     assert found.table is not None
     assert database.runs()[0]["status"] == "interrupted"
-    after = Pretend()
+    after = Workers()
     assert run(database, after).status == "improved"
     assert after.seen["finals"] == 12
 
 
 def test_too_few_shapes_give_no_table(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     workers.interrupt_after = 4
     found = run(database, workers)
     assert (found.status, found.table, found.measured) == ("invalid", None, 3)
@@ -228,7 +210,7 @@ def test_too_few_shapes_give_no_table(database: Database) -> None:
 
 
 def test_time_that_is_used_up_ends_it(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     found = run(database, workers, max_seconds=1e-6)
     assert (found.status, found.measured) == ("invalid", 0)
     assert "time was used up" in found.reason
@@ -236,14 +218,14 @@ def test_time_that_is_used_up_ends_it(database: Database) -> None:
 
 
 def test_where_nothing_beats_the_default_the_table_says_so(database: Database) -> None:
-    found = run(database, Pretend(lambda problem, x: 100.0 if x == 6 else 99.8))
+    found = run(database, Workers(lambda problem, x: 100.0 if x == 6 else 99.8))
     assert found.status == "unimproved"
     assert found.table is not None
     assert [leaf.config for leaf in found.table.leaves] == [None]
 
 
 def test_a_wrong_or_crashing_config_has_no_time_and_serves_no_shape(database: Database) -> None:
-    workers = Pretend(lambda problem, x: 100.0 if x == 6 else 50.0)
+    workers = Workers(lambda problem, x: 100.0 if x == 6 else 50.0)
     crash = {"outcome": "crash", "reason": "killed by SIGSEGV"}
     wrong = {"outcome": "wrong_result", "reason": "out[0] is nan"}
     workers.faults = lambda problem, x: (
@@ -263,7 +245,7 @@ def test_a_wrong_or_crashing_config_has_no_time_and_serves_no_shape(database: Da
 
 
 def test_a_default_that_does_not_work_leaves_its_shape_out(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     broken = {"outcome": "runtime_error", "reason": "no"}
     workers.faults = lambda problem, x: broken if x == 6 and problem.seqlen_q < 64 else None
     found = run(database, workers)
@@ -274,20 +256,20 @@ def test_a_default_that_does_not_work_leaves_its_shape_out(database: Database) -
 
 
 def test_turns_that_always_fail_leave_their_shape_to_the_next_run(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     tries = finals.ATTEMPTS * finals.TRIES
     workers.turn_faults.extend([{"outcome": "timeout", "reason": "no answer"}] * tries)
     found = run(database, workers)
     assert found.measured == 19
     assert {r.outcome for r in database.trials()[:2]} == {"timeout"}
     # Which of them it was is not known: none is barred, and all are tried again.
-    after = Pretend()
+    after = Workers()
     assert run(database, after).measured == 20
     assert after.seen["finals"] == 1
 
 
 def test_who_makes_the_turns_fail_is_left_out_of_them(database: Database) -> None:
-    workers = Pretend(lambda problem, x: 100.0 if x == 6 else 50.0)
+    workers = Workers(lambda problem, x: 100.0 if x == 6 else 50.0)
     wrong = {"outcome": "wrong_result", "reason": "late", "wrong": {"1": "late"}, "exiting": True}
     workers.turn_faults.extend([wrong] * finals.TRIES)
     found = run(database, workers)
@@ -299,7 +281,7 @@ def test_who_makes_the_turns_fail_is_left_out_of_them(database: Database) -> Non
 
 
 def test_a_crash_that_was_anothers_fault_is_forgiven(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     crashes = deque([{"outcome": "crash", "reason": "killed by SIGSEGV"}])
     workers.faults = lambda problem, x: crashes.popleft() if crashes else None
     found = run(database, workers)
@@ -317,12 +299,12 @@ def test_a_full_disk_waits_for_room(database: Database, monkeypatch: pytest.Monk
         add(self, *values)
 
     monkeypatch.setattr(Database, "add", added)
-    assert run(database, Pretend()).status == "improved"
+    assert run(database, Workers()).status == "improved"
     assert len(database.trials()) == 40
 
 
 def test_a_kernel_that_does_not_compile_is_a_trial(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     workers.compile_faults[2] = {"outcome": "compile_error", "reason": "no"}
     found = run(database, workers)
     assert found.status == "unimproved"
@@ -330,7 +312,7 @@ def test_a_kernel_that_does_not_compile_is_a_trial(database: Database) -> None:
 
 
 def test_families_take_turns(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     workers.interrupt_after = 13
     other = dataclasses.replace(PROBLEM, causal=False)
     found = generalise(
@@ -353,7 +335,7 @@ def test_only_winners_measured_here_and_now_count(
     database: Database, changes: dict[str, Any]
 ) -> None:
     with pytest.raises(errors.InvalidInput, match="there is no winner to generalise"):
-        run(database, Pretend(), winner(**changes))
+        run(database, Workers(), winner(**changes))
 
 
 @pytest.mark.parametrize(("option", "value"), [("count", 4), ("max_seconds", 0.0)])
@@ -361,7 +343,7 @@ def test_a_limit_that_cannot_be_meant_is_named(
     database: Database, option: str, value: float
 ) -> None:
     with pytest.raises(errors.InvalidInput, match=f"={value}: it must be"):
-        run(database, Pretend(), **{option: value})
+        run(database, Workers(), **{option: value})
 
 
 def test_an_absent_device_is_named(database: Database) -> None:

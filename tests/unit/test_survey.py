@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.workers import FakeWorkers
 
 from autoflash.codegen.catalog import Catalog
 from autoflash.config import Config
@@ -15,7 +15,6 @@ from autoflash.device import KNOWN_GPUS
 from autoflash.errors import InvalidInput, WorkerError
 from autoflash.problem import Problem
 from autoflash.tuning import survey as surveys
-from autoflash.tuning.pool import Finished
 from autoflash.tuning.survey import CHECKED, survey
 from autoflash.tuning.table import Table
 
@@ -26,38 +25,16 @@ OTHER = Problem.parse("b2s2048h8d64c-bfloat16")
 SOURCES, TWINS = 39, 5  # x = 0 renders alike for both values of `same`
 
 
-class Pretend:
+class Workers(FakeWorkers):
     """Workers that answer at once, by the numbers in the source."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.faults: dict[tuple[int, int], Mapping[str, Any]] = {}
         self.hello: Mapping[str, Any] = {"outcome": "ok", "environment": {"torch": "pretended"}}
         self.requests: list[Mapping[str, Any]] = []
-        self.seen: Counter[str] = Counter()
-        self._queue: deque[tuple[str, str, Mapping[str, Any]]] = deque()
 
-    def submit(self, role: str, key: str, request: Mapping[str, Any], timeout_s: float) -> None:
-        self._queue.append((role, key, request))
-
-    def pending(self, role: str) -> int:
-        return sum(queued == role for queued, _, _ in self._queue)
-
-    def wait(self, timeout_s: float) -> list[Finished]:
-        if not self._queue:
-            return []
-        role, key, request = self._queue.popleft()
-        self.seen[request["kind"]] += 1
-        return [Finished(role, key, dict(self._answer(request)), 0.01)]
-
-    def cancel(self, role: str) -> list[str]:
-        keys = [key for queued, key, _ in self._queue if queued == role]
-        self._queue = deque(job for job in self._queue if job[0] != role)
-        return keys
-
-    def close(self) -> None:
-        self._queue.clear()
-
-    def _answer(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+    def answer(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         if request["kind"] == "hello":
             return self.hello
         words = request["source"]["text"].split()
@@ -76,7 +53,7 @@ class Pretend:
         return reply
 
 
-def run(folder: Path, workers: Pretend, *problems: Problem, **options: Any) -> list[Table]:
+def run(folder: Path, workers: Workers, *problems: Problem, **options: Any) -> list[Table]:
     return survey(problems or (PROBLEM,), GPU, folder, catalog=CATALOG, workers=workers, **options)
 
 
@@ -85,7 +62,7 @@ def config(x: int, y: int, same: str = "a") -> Config:
 
 
 def test_every_config_is_run_once_and_the_default_first(tmp_path: Path) -> None:
-    workers = Pretend()
+    workers = Workers()
     (table,) = run(tmp_path, workers)
     assert len(table.rows) == table.feasible == SOURCES + TWINS
     assert list(table.rows)[:2] == [config(6, 3), config(5, 3)]
@@ -97,7 +74,7 @@ def test_every_config_is_run_once_and_the_default_first(tmp_path: Path) -> None:
 
 
 def test_sources_are_compiled_and_checked_once_for_all_problems(tmp_path: Path) -> None:
-    workers = Pretend()
+    workers = Workers()
     first, second = run(tmp_path, workers, PROBLEM, OTHER)
     assert workers.seen == {"hello": 1, "compile": SOURCES, "survey": 2 * SOURCES}
     assert len(second.rows) == len(first.rows)
@@ -109,7 +86,7 @@ def test_sources_are_compiled_and_checked_once_for_all_problems(tmp_path: Path) 
 
 
 def test_failures_are_rows(tmp_path: Path) -> None:
-    workers = Pretend()
+    workers = Workers()
     workers.faults[2, 0] = {"outcome": "wrong_result", "reason": "off", "check_s": 0.4}
     workers.faults[3, 0] = {"outcome": "crash", "reason": "died"}
     first, second = run(tmp_path, workers, PROBLEM, OTHER)
@@ -122,12 +99,12 @@ def test_failures_are_rows(tmp_path: Path) -> None:
 
 
 def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    (whole,) = run(tmp_path / "whole", Pretend())
+    (whole,) = run(tmp_path / "whole", Workers())
     (path,) = (tmp_path / "whole").glob("*.jsonl")
     lines = path.read_text().splitlines()
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / path.name).write_text("\n".join([*lines[:11], lines[11][:20]]))
-    workers = Pretend()
+    workers = Workers()
     (table,) = run(tmp_path / "part", workers)
     assert table.rows.keys() == whole.rows.keys()
     assert list(table.rows.values())[:10] == list(whole.rows.values())[:10]
@@ -135,17 +112,17 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_a_sample_has_the_seeds_and_says_so(tmp_path: Path) -> None:
-    (table,) = run(tmp_path, Pretend(), sample=7)
+    (table,) = run(tmp_path, Workers(), sample=7)
     assert len(table.rows) == 2 + 7
     assert {config(6, 3), config(5, 3)} <= table.rows.keys()
     assert table.feasible == SOURCES + TWINS
     assert "7 random configs" in table.header.sample
     with pytest.raises(InvalidInput, match="sample"):
-        run(tmp_path, Pretend())
+        run(tmp_path, Workers())
 
 
 def test_do_bench_is_asked_for_at_times(tmp_path: Path) -> None:
-    (table,) = run(tmp_path, Pretend(), do_bench_every=10)
+    (table,) = run(tmp_path, Workers(), do_bench_every=10)
     assert sum(row.do_bench is not None for row in set_of(table)) == 4
 
 
@@ -155,14 +132,14 @@ def set_of(table: Table) -> list[Any]:
 
 
 def test_no_time_is_no_rows(tmp_path: Path) -> None:
-    workers = Pretend()
+    workers = Workers()
     tables = run(tmp_path, workers, seconds=0.0)
     assert sum(len(table.rows) for table in tables) == 0
     assert workers.seen["survey"] == 0
 
 
 def test_a_device_that_does_not_work_ends_it(tmp_path: Path) -> None:
-    workers = Pretend()
+    workers = Workers()
     workers.hello = {"outcome": "runtime_error", "reason": "no kernel runs"}
     with pytest.raises(WorkerError, match="no kernel runs"):
         run(tmp_path, workers)

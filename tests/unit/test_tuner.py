@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.workers import FakeWorkers
 
 from autoflash import errors
 from autoflash.codegen.catalog import Catalog, installed
@@ -20,7 +21,6 @@ from autoflash.problem import Problem
 from autoflash.record import Record
 from autoflash.tuning import tuner
 from autoflash.tuning.effort import EFFORTS
-from autoflash.tuning.pool import Finished
 from autoflash.tuning.run import Run
 from autoflash.tuning.tuner import Event, TuneResult, tune
 
@@ -39,10 +39,11 @@ def bowl(x: int, y: int) -> float:
     return 100.0 + 10 * (x - 2) ** 2 + 10 * (y - 1) ** 2
 
 
-class Pretend:
+class Workers(FakeWorkers):
     """Workers that answer at once, by the numbers in the source."""
 
     def __init__(self, latency_us: Callable[[int, int], float] = bowl, noise: float = 0.0) -> None:
+        super().__init__()
         self.latency_us = latency_us
         self.noise = noise
         self.faults: dict[tuple[int, int], Reply] = {}
@@ -50,35 +51,9 @@ class Pretend:
         self.resources: dict[tuple[int, int], Reply] = {}
         self.finals_faults: deque[Reply] = deque()
         self.hello_faults: deque[Reply] = deque()
-        self.seen: Counter[str] = Counter()
         self.compiled: list[tuple[int, int]] = []
         self.evaluated: list[tuple[int, int]] = []
-        self.closed = 0
         self.on_evaluate: Callable[[], None] = lambda: None
-        self._queue: deque[tuple[str, str, Reply]] = deque()
-
-    def submit(self, role: str, key: str, request: Reply, timeout_s: float) -> None:
-        assert timeout_s > 0
-        self._queue.append((role, key, request))
-
-    def pending(self, role: str) -> int:
-        return sum(queued == role for queued, _, _ in self._queue)
-
-    def wait(self, timeout_s: float) -> list[Finished]:
-        if not self._queue:
-            return []
-        role, key, request = self._queue.popleft()
-        self.seen[request["kind"]] += 1
-        return [Finished(role, key, dict(getattr(self, request["kind"])(request)), 0.01)]
-
-    def cancel(self, role: str) -> list[str]:
-        keys = [key for queued, key, _ in self._queue if queued == role]
-        self._queue = deque(job for job in self._queue if job[0] != role)
-        return keys
-
-    def close(self) -> None:
-        self._queue.clear()
-        self.closed += 1
 
     def hello(self, request: Reply) -> Reply:
         ok = {"outcome": "ok", "environment": {"torch": "pretended"}}
@@ -132,7 +107,7 @@ def database() -> Iterator[Database]:
 
 
 def run(
-    database: Database, workers: Pretend, *problems: Problem, **options: Any
+    database: Database, workers: Workers, *problems: Problem, **options: Any
 ) -> list[TuneResult]:
     options = {"effort": EFFORT, "catalog": CATALOG, **options}
     return tune(problems or (PROBLEM,), GPU, database=database, workers=workers, **options)
@@ -146,7 +121,7 @@ def config(x: int, y: int, same: str = "a") -> Config:
 
 
 def test_a_small_space_is_swept_and_the_fastest_wins(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     (result,) = run(database, workers)
     assert (result.status, result.trials) == ("improved", FEASIBLE)
     assert result.best.config == config(2, 1)
@@ -164,13 +139,13 @@ def test_a_small_space_is_swept_and_the_fastest_wins(database: Database) -> None
 
 
 def test_the_default_is_tried_first_and_then_the_seeds(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     run(database, workers)
     assert workers.evaluated[:2] == [(6, 3), (5, 3)]
 
 
 def test_equal_sources_are_compiled_and_run_once(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     run(database, workers)
     assert len(workers.evaluated) == len(set(workers.evaluated)) == 39
     twins = [r for r in database.trials() if r.config["x"] == 0 and r.config["y"] == 2]
@@ -179,7 +154,7 @@ def test_equal_sources_are_compiled_and_run_once(database: Database) -> None:
 
 
 def test_problems_with_equal_traits_share_compilations(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     first, second = run(database, workers, PROBLEM, OTHER)
     assert (first.status, second.status) == ("improved", "improved")
     assert len(workers.compiled) == 39
@@ -187,14 +162,14 @@ def test_problems_with_equal_traits_share_compilations(database: Database) -> No
 
 
 def test_the_nearest_winner_is_tried_right_after_the_default(database: Database) -> None:
-    run(database, Pretend(lambda x, y: 50.0 + x + 10 * y))
-    workers = Pretend()
+    run(database, Workers(lambda x, y: 50.0 + x + 10 * y))
+    workers = Workers()
     run(database, workers, OTHER)
     assert workers.evaluated[:3] == [(6, 3), (0, 0), (5, 3)]
 
 
 def test_a_default_that_is_best_stays(database: Database) -> None:
-    workers = Pretend(lambda x, y: 100.0 + abs(x - 6) + abs(y - 3))
+    workers = Workers(lambda x, y: 100.0 + abs(x - 6) + abs(y - 3))
     (result,) = run(database, workers)
     assert result.status == "unimproved"
     assert result.best.config == config(6, 3)
@@ -202,21 +177,21 @@ def test_a_default_that_is_best_stays(database: Database) -> None:
 
 
 def test_a_gain_within_the_noise_is_none(database: Database) -> None:
-    workers = Pretend(lambda x, y: 100.0 - 0.5 * (x == 2) * (y == 1), noise=0.02)
+    workers = Workers(lambda x, y: 100.0 - 0.5 * (x == 2) * (y == 1), noise=0.02)
     (result,) = run(database, workers)
     assert result.status == "unimproved"
     assert result.best.config == config(6, 3)
 
 
 def test_an_equal_gain_without_noise_is_one(database: Database) -> None:
-    workers = Pretend(lambda x, y: 100.0 - 1.5 * (x == 2) * (y == 1))
+    workers = Workers(lambda x, y: 100.0 - 1.5 * (x == 2) * (y == 1))
     (result,) = run(database, workers)
     assert (result.status, result.best.config) == ("improved", config(2, 1))
 
 
 def test_the_same_seed_tries_the_same_in_the_same_order(database: Database) -> None:
     def order(seed: int) -> list[tuple[int, int]]:
-        workers = Pretend()
+        workers = Workers()
         with Database.open("sqlite://") as fresh:
             run(fresh, workers, seed=seed)
         return workers.evaluated
@@ -230,7 +205,7 @@ def test_the_same_seed_tries_the_same_in_the_same_order(database: Database) -> N
 
 @pytest.mark.parametrize("outcome", ["wrong_result", "runtime_error", "timeout", "crash"])
 def test_a_candidate_that_fails_costs_one_trial(database: Database, outcome: str) -> None:
-    workers = Pretend()
+    workers = Workers()
     workers.faults[2, 1] = {"outcome": outcome, "reason": "because"}
     (result,) = run(database, workers)
     assert result.status == "improved"
@@ -246,7 +221,7 @@ def test_a_candidate_that_fails_costs_one_trial(database: Database, outcome: str
 
 
 def test_what_the_compiler_says_is_recorded_and_not_run(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     workers.compile_faults[2, 1] = {"outcome": "compile_error", "reason": "no\nmore"}
     workers.compile_faults[3, 1] = {"outcome": "timeout", "reason": "no answer in 9 s"}
     workers.resources[1, 1] = {"smem_bytes": 300_000}
@@ -265,7 +240,7 @@ def test_what_the_compiler_says_is_recorded_and_not_run(database: Database) -> N
 
 
 def test_a_seed_that_spills_is_run_all_the_same(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     workers.resources.update({(x, y): {"spill_bytes": 4000} for x in range(8) for y in range(5)})
     (result,) = run(database, workers)
     assert workers.evaluated == [(6, 3), (5, 3)]
@@ -273,14 +248,14 @@ def test_a_seed_that_spills_is_run_all_the_same(database: Database) -> None:
 
 
 def test_a_default_that_fails_leaves_the_best_of_the_others(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     workers.faults[6, 3] = {"outcome": "wrong_result", "reason": "nan"}
     (result,) = run(database, workers)
     assert (result.status, result.best.default_us) == ("improved", None)
 
 
 def test_nothing_valid_says_why(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     workers.faults.update(
         {(x, y): {"outcome": "wrong_result", "reason": "nan"} for x in range(8) for y in range(5)}
     )
@@ -295,14 +270,14 @@ def test_a_problem_that_no_template_takes_is_invalid_and_the_next_is_tuned(
     database: Database,
 ) -> None:
     wide = Problem.parse("b2s1024h8d256c-bfloat16")
-    first, second = run(database, Pretend(), wide, PROBLEM)
+    first, second = run(database, Workers(), wide, PROBLEM)
     assert first.status == "invalid"
     assert "head_dim is at most 128" in first.reason
     assert second.status == "improved"
 
 
 def test_a_missing_compiler_ends_the_run_with_its_own_error(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     workers.compile_faults.update(
         {
             (x, y): {"outcome": "compile_error", "raise": "ToolchainMissing", "reason": "no nvcc"}
@@ -318,14 +293,14 @@ def test_a_missing_compiler_ends_the_run_with_its_own_error(database: Database) 
 
 
 def test_a_device_on_which_nothing_runs_ends_the_run(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     workers.hello_faults += [{"outcome": "crash", "reason": "killed by SIGSEGV"}] * 20
     with pytest.raises(errors.WorkerError, match=r"3 fresh worker .* killed by SIGSEGV"):
         run(database, workers)
 
 
 def test_a_device_lost_in_the_middle_ends_the_run_and_keeps_the_trials(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     workers.faults[5, 3] = {"outcome": "crash", "reason": "killed by SIGSEGV"}
 
     def lose() -> None:
@@ -338,14 +313,14 @@ def test_a_device_lost_in_the_middle_ends_the_run_and_keeps_the_trials(database:
 
 
 def test_finals_that_fail_once_are_repeated(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     workers.finals_faults.append({"outcome": "crash", "reason": "killed by SIGKILL"})
     (result,) = run(database, workers)
     assert result.status == "improved"
 
 
 def test_finals_that_keep_failing_leave_no_winner(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
     workers.finals_faults += [{"outcome": "crash", "reason": "killed by SIGKILL"}] * 6
     (result,) = run(database, workers)
     assert (result.status, result.best.config) == ("partial", config(2, 1))
@@ -358,7 +333,7 @@ def test_finals_that_keep_failing_leave_no_winner(database: Database) -> None:
 
 @pytest.mark.parametrize("most", [1, 5])
 def test_max_trials_counts_every_record(database: Database, most: int) -> None:
-    workers = Pretend()
+    workers = Workers()
     (result,) = run(database, workers, max_trials=most)
     assert result.trials == len(workers.evaluated) == most
     assert workers.evaluated[0] == (6, 3)
@@ -369,7 +344,7 @@ def test_time_that_is_up_leaves_a_default_measured(
 ) -> None:
     clock = iter(range(0, 10**9, 30))
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
-    workers = Pretend()
+    workers = Workers()
     (result,) = run(database, workers, effort=dataclasses.replace(EFFORT, seconds=100.0))
     assert 1 <= result.trials < 10
     assert (6, 3) in workers.evaluated
@@ -382,7 +357,7 @@ def test_problems_that_max_seconds_does_not_reach_are_partial(
     clock = iter(range(0, 10**9, 30))
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
     third = Problem.parse("b2s4096h8d64c-bfloat16")
-    results = run(database, Pretend(), PROBLEM, OTHER, third, max_seconds=200.0)
+    results = run(database, Workers(), PROBLEM, OTHER, third, max_seconds=200.0)
     assert results[0].status != "partial"
     assert (results[-1].status, results[-1].trials) == ("partial", 0)
     assert "used up" in results[-1].reason
@@ -392,7 +367,7 @@ def test_problems_that_max_seconds_does_not_reach_are_partial(
 
 
 def test_a_second_run_goes_on_where_the_first_stopped(database: Database) -> None:
-    first, second = Pretend(), Pretend()
+    first, second = Workers(), Workers()
     run(database, first, max_trials=10)
     (result,) = run(database, second)
     assert not set(first.evaluated) & set(second.evaluated)
@@ -402,37 +377,37 @@ def test_a_second_run_goes_on_where_the_first_stopped(database: Database) -> Non
 
 
 def test_a_run_with_nothing_left_runs_nothing(database: Database) -> None:
-    (before,) = run(database, Pretend())
-    workers = Pretend()
+    (before,) = run(database, Workers())
+    workers = Workers()
     (result,) = run(database, workers)
     assert (result.status, result.best) == (before.status, before.best)
     assert set(workers.seen) == {"hello"}
 
 
 def test_a_run_killed_before_its_finals_only_runs_those(database: Database) -> None:
-    (done,) = run(database, Pretend())
+    (done,) = run(database, Workers())
     with Database.open("sqlite://") as killed:
         for record in database.trials():
             killed.add(record)
-        workers = Pretend()
+        workers = Workers()
         (result,) = run(killed, workers)
     assert result.best.config == done.best.config
     assert workers.seen == Counter(hello=1, finals=1)
 
 
 def test_trials_of_another_template_text_are_not_believed(database: Database) -> None:
-    run(database, Pretend(), max_trials=5)
+    run(database, Workers(), max_trials=5)
     for record in database.trials():
         stale = dataclasses.replace(record, template_digest="0" * 16, problem=OTHER)
         database.add(stale)
-    workers = Pretend()
+    workers = Workers()
     (result,) = run(database, workers, OTHER)
     assert result.trials == FEASIBLE
     assert len(workers.evaluated) == 39
 
 
 def test_ctrl_c_returns_what_there_is_and_the_next_run_goes_on(database: Database) -> None:
-    workers = Pretend()
+    workers = Workers()
 
     def interrupt() -> None:
         if len(workers.evaluated) == 7:
@@ -446,7 +421,7 @@ def test_ctrl_c_returns_what_there_is_and_the_next_run_goes_on(database: Databas
     assert workers.closed
     assert database.runs()[0]["status"] == "interrupted"
     assert database.bests() == []
-    again = Pretend()
+    again = Workers()
     results = run(database, again, PROBLEM, OTHER)
     assert [result.status for result in results] == ["improved", "improved"]
     assert len(again.evaluated) == 2 * 39 - 7
@@ -454,7 +429,7 @@ def test_ctrl_c_returns_what_there_is_and_the_next_run_goes_on(database: Databas
 
 def test_the_stored_winner_defends_its_title(database: Database) -> None:
     # Single timings made another config look 20% faster than the winner of the finals.
-    run(database, Pretend())
+    run(database, Workers())
     lucky = dataclasses.replace(
         next(r for r in database.trials() if r.config == config(4, 4)),
         measurement=dataclasses.replace(database.bests()[0].measurement, latency_us=80.0),
@@ -467,7 +442,7 @@ def test_the_stored_winner_defends_its_title(database: Database) -> None:
             if record.config != config(3, 3):
                 other.add(record)
         other.set_best(database.bests()[0])
-        (result,) = run(other, Pretend())
+        (result,) = run(other, Workers())
     assert result.best.config == config(2, 1)
 
 
@@ -476,7 +451,7 @@ def test_the_stored_winner_defends_its_title(database: Database) -> None:
 
 def test_events_tell_the_whole_story(database: Database) -> None:
     events: list[Event] = []
-    (first, second) = run(database, Pretend(), PROBLEM, OTHER, on_event=events.append)
+    (first, second) = run(database, Workers(), PROBLEM, OTHER, on_event=events.append)
     kinds = [event.kind for event in events]
     assert kinds[0] == "start"
     assert kinds[-1] == "done"
@@ -505,19 +480,19 @@ def test_wrong_arguments_are_named(
     database: Database, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(errors.InvalidInput, match=message):
-        run(database, Pretend(), **options)
+        run(database, Workers(), **options)
 
 
 def test_problems_without_work_are_refused(database: Database) -> None:
     empty = dataclasses.replace(PROBLEM, seqlen_k=0)
     with pytest.raises(errors.InvalidInput, match="no work"):
-        run(database, Pretend(), empty)
+        run(database, Workers(), empty)
     with pytest.raises(errors.InvalidInput, match="empty"):
-        tune([], GPU, database=database, workers=Pretend(), catalog=CATALOG)
+        tune([], GPU, database=database, workers=Workers(), catalog=CATALOG)
 
 
 def test_a_plan_counts_without_touching_anything(database: Database) -> None:
-    run(database, Pretend(), max_trials=10)
+    run(database, Workers(), max_trials=10)
     wide = Problem.parse("b2s1024h8d256c-bfloat16")
     plans = tuner.plan(
         [PROBLEM, wide], GPU, effort="full", catalog=CATALOG, database=database, present=True
@@ -540,7 +515,7 @@ def test_templates_take_turns_with_their_seeds(database: Database) -> None:
         templates=templates,
         device=gpu,
         database=database,
-        workers=Pretend(),
+        workers=Workers(),
         effort=EFFORTS["normal"],
         policy="pretended",
         jobs=2,
