@@ -18,7 +18,7 @@ from autoflash.record import Measurement
 from autoflash.tuning.environment import environment
 from autoflash.tuning.expected import make_case
 from autoflash.tuning.inputs import Inputs
-from autoflash.tuning.peers import PEERS, available
+from autoflash.tuning.peers import PEERS, available, first_line
 from autoflash.tuning.timing import ROUNDS, Comparison, Timer
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ _HOPELESS = 4.0
 """A provider so many times slower than the fastest takes no part in the rounds: a few calls of it
 say enough, and on a CPU they take seconds each."""
 _LONG_US = 5e4
+"""A call that takes less is in the rounds anyway; one that takes longer is looked at once more."""
 _FEW_CALLS = 3
 _FLOOR = 10.0
 """A fused provider so many times slower than the fastest has fallen back to something unfused."""
@@ -125,10 +126,6 @@ def _require(device: Device) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".split("\n", maxsplit=1)[0]
-
-
 def _free(device: Device) -> None:
     if device.is_cuda:
         import torch
@@ -203,7 +200,7 @@ class _Comparison:
                 q, k, v, inputs.out, None, inputs.softmax_scale, inputs.layout, problem=self.problem
             )
         except Exception as error:  # what the other library raises where it cannot compile
-            self.failed[OURS] = ("unavailable", _first_line(error))
+            self.failed[OURS] = ("unavailable", first_line(error))
             return
 
         def call() -> torch.Tensor:
@@ -223,7 +220,7 @@ class _Comparison:
                     break  # what took longer may have been compiled meanwhile
         except Exception as error:  # whatever a library raises: the others are compared
             del self.calls[name]
-            self.failed[name] = ("unavailable", _first_line(error))
+            self.failed[name] = ("unavailable", first_line(error))
             return math.inf
         layout = "bshd" if name == OURS else PEERS[name].layout
         verdict = self.case.compare(out, layout=layout)

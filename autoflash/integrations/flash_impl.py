@@ -104,11 +104,14 @@ class _Forward:
             layout = self._layout(query, key, value, is_causal)
         if layout is None:
             return _by_torch(query, key, value, dropout_p, is_causal, return_debug_mask, scale)
-        q, k, v = (_given(x, layout) for x in (query, key, value))
-        taken = "bhsd" if layout == "bhsd" else "bshd"
+        q, k, v = query, key, value
+        if layout != "bhsd":
+            q, k, v = _given(q, layout), _given(k, layout), _given(v, layout)
         self._here.serving = True
         try:
-            out, lse = serving.call(q, k, v, is_causal, None, 0.0, scale, None, True, taken)
+            out, lse = serving.call(
+                q, k, v, is_causal, None, 0.0, scale, None, True, _TAKEN[layout]
+            )
         finally:
             self._here.serving = False
         if layout == "bshd":
@@ -153,14 +156,13 @@ def _find_layout(
     if layout is None:
         return None
     q, k, v = (_given(x, layout) for x in (query, key, value))
-    taken = "bhsd" if layout == "bhsd" else "bshd"
     try:
-        request.check(q, k, v, causal=is_causal, layout=taken)
+        request.check(q, k, v, causal=is_causal, layout=_TAKEN[layout])
     except InvalidInput:
         return None  # PyTorch has words of its own for it
     if request.no_kernel_for(q) is not None:
         return None
-    problem = request.problem_of(q, k, v, causal=is_causal, layout=taken)
+    problem = request.problem_of(q, k, v, causal=is_causal, layout=_TAKEN[layout])
     dispatcher = serving.dispatcher(q.device.type, q.device.index)
     served = dispatcher.serve(problem, may_build=may_build)
     return layout if served.kernel is not None else None
@@ -172,6 +174,8 @@ _ORDERS = {"bhsd": (0, 1, 2, 3), "bshd": (0, 2, 1, 3), "sbhd": (2, 0, 1, 3)}
 nn.MultiheadAttention makes the last one. A kernel sees that as one sequence of batch * num_heads
 heads: the head of K and V that a head attends to is the same.
 """
+_TAKEN = {"bhsd": "bhsd", "bshd": "bshd", "sbhd": "bshd"}
+"""The layout in which a kernel takes what `_given` makes."""
 
 
 def _given(x: Tensor, layout: str) -> Tensor:

@@ -132,7 +132,7 @@ def available(
                 if device.is_cuda:
                     torch.cuda.synchronize()
         except Exception as error:
-            reasons[name] = _first_line(error)
+            reasons[name] = first_line(error)
         else:
             calls[name] = call
     return calls, reasons
@@ -145,7 +145,8 @@ def get(name: str) -> Peer:
     return PEERS[name]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error is and the beginning of what it says, for a reason in a row."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
@@ -378,7 +379,7 @@ def _import_failure(module: str, package: str) -> str | None:
             return f"package {package} is not installed"
         return f"package {package} needs module {missing}, which is not installed"
     except Exception as error:
-        return f"package {package} cannot be imported: {_first_line(error)}"
+        return f"package {package} cannot be imported: {first_line(error)}"
     return None
 
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -227,6 +227,21 @@ def _add(monkeypatch: pytest.MonkeyPatch, name: str, make: peers.Make, *, fused:
     monkeypatch.setattr("autoflash.benchmark.runner.PROVIDERS", (*PROVIDERS, name))
 
 
+def _naive_after(first: Callable[[], None]) -> peers.Make:
+    """A provider that does something before each call, and then what is right."""
+
+    def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> peers.Call:
+        right = peers.PEERS["naive"].make(*(t.transpose(1, 2) for t in (q, k, v)), problem)
+
+        def call() -> torch.Tensor:
+            first()
+            return right()
+
+        return call
+
+    return make
+
+
 def test_a_provider_that_is_wrong_is_not_timed(
     cpu: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,16 +267,7 @@ def test_a_provider_that_is_wrong_is_not_timed(
 def test_a_fallback_does_not_count_as_the_fused_kernel(
     cpu: Device, monkeypatch: pytest.MonkeyPatch, fused: bool
 ) -> None:
-    def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> peers.Call:
-        right = peers.PEERS["naive"].make(*(t.transpose(1, 2) for t in (q, k, v)), problem)
-
-        def call() -> torch.Tensor:
-            time.sleep(0.06)
-            return right()
-
-        return call
-
-    _add(monkeypatch, "slow", make, fused=fused)
+    _add(monkeypatch, "slow", _naive_after(lambda: time.sleep(0.06)), fused=fused)
     report = run([TINY], cpu, ["naive", "slow"], rounds=5, budget_ms=2)
     slow = report.rows[1]
     assert slow.outcome == ("implausible" if fused else "ok")
@@ -272,18 +278,13 @@ def test_a_fallback_does_not_count_as_the_fused_kernel(
 def test_a_provider_that_fails_in_the_end_gets_a_row_with_the_reason(
     cpu: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = [0]
+    calls = iter([True])  # to see whether it runs
 
-    def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> peers.Call:
-        def call() -> torch.Tensor:
-            calls[0] += 1
-            if calls[0] > 1:
-                raise ValueError("not this length\nand more")
-            return torch.zeros_like(q)
+    def fail_later() -> None:
+        if not next(calls, False):
+            raise ValueError("not this length\nand more")
 
-        return call
-
-    _add(monkeypatch, "moody", make, fused=True)
+    _add(monkeypatch, "moody", _naive_after(fail_later), fused=True)
     report = run([TINY], cpu, ["naive", "moody"], rounds=5, budget_ms=2)
     assert [row.outcome for row in report.rows] == ["ok", "unavailable"]
     assert report.rows[1].reason == "ValueError: not this length"
@@ -292,20 +293,8 @@ def test_a_provider_that_fails_in_the_end_gets_a_row_with_the_reason(
 def test_a_provider_that_compiles_once_more_takes_part_in_the_rounds(
     cpu: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = [0]
-
-    def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> peers.Call:
-        right = peers.PEERS["naive"].make(*(t.transpose(1, 2) for t in (q, k, v)), problem)
-
-        def call() -> torch.Tensor:
-            calls[0] += 1
-            if calls[0] == 2:  # the first that is looked at
-                time.sleep(0.3)
-            return right()
-
-        return call
-
-    _add(monkeypatch, "late", make, fused=False)
+    pauses = iter([0.0, 0.3])  # to see whether it runs, and what is looked at
+    _add(monkeypatch, "late", _naive_after(lambda: time.sleep(next(pauses, 0.0))), fused=False)
     report = run([TINY], cpu, ["autoflash", "late"], rounds=5, budget_ms=5)
     late = report.rows[1]
     assert late.outcome == "ok"

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -196,3 +201,19 @@ def test_regret_of_a_chosen_table_is_what_its_leaves_say() -> None:
     for held_out in (False, True):
         ours, theirs = (made.regret(s, held_out=held_out) for s in ("table", "default"))
         assert ours.mean < theirs.mean
+
+
+def test_the_script_leaves_each_shape_out_in_turn() -> None:
+    root = Path(__file__).parents[2]
+    script = [sys.executable, str(root / "benchmarks" / "leave_one_out.py")]
+    dump = str(root / "benchmarks" / "nvidia-h200" / "dispatch-tables.jsonl")
+    there: dict[str, Any] = {
+        "capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": str(root)}
+    }  # fmt: skip
+    ran = subprocess.run([*script, dump], check=True, **there)
+    header, *families = ran.stdout.splitlines()
+    assert header.split() == ["family", "table", "nearest", "default"]
+    assert [line.split()[0] for line in families] == [
+        "fwd-d128c-bfloat16", "fwd-d128f-bfloat16", "fwd-d64c-bfloat16", "fwd-d64f-bfloat16",
+    ]  # fmt: skip
+    assert subprocess.run(script, check=False, **there).returncode == 2
