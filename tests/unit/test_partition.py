@@ -203,17 +203,19 @@ def test_regret_of_a_chosen_table_is_what_its_leaves_say() -> None:
         assert ours.mean < theirs.mean
 
 
-def test_the_script_leaves_each_shape_out_in_turn() -> None:
+def test_the_script_leaves_each_shape_out_in_turn(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     script = [sys.executable, str(root / "benchmarks" / "leave_one_out.py")]
-    dump = str(root / "benchmarks" / "nvidia-h200" / "dispatch-tables.jsonl")
+    dump = root / "benchmarks" / "nvidia-h200" / "dispatch-tables.jsonl"
+    (line,) = (each for each in dump.read_text().splitlines() if '"head_dim":64' in each
+               and '"causal":false' in each)  # fmt: skip
+    (tmp_path / "one.jsonl").write_text(line)  # the others take some ten seconds each
     there: dict[str, Any] = {
         "capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": str(root)}
     }  # fmt: skip
-    ran = subprocess.run([*script, dump], check=True, **there)
-    header, *families = ran.stdout.splitlines()
-    assert header.split() == ["family", "table", "nearest", "default"]
-    assert [line.split()[0] for line in families] == [
-        "fwd-d128c-bfloat16", "fwd-d128f-bfloat16", "fwd-d64c-bfloat16", "fwd-d64f-bfloat16",
-    ]  # fmt: skip
+    ran = subprocess.run([*script, str(tmp_path / "one.jsonl")], check=True, **there)
+    assert [row.split() for row in ran.stdout.splitlines()] == [
+        ["family", "table", "nearest", "default"],
+        ["fwd-d64f-bfloat16", *("0.0%", "0.5%") * 3],  # one config is best everywhere
+    ]
     assert subprocess.run(script, check=False, **there).returncode == 2
