@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from autoflash.tuning.process import family
+from autoflash.tuning.process import kill_sessions
 
 LEAST_MEMORY_BYTES = 4 << 30
 """PyTorch, the stacks of its threads and a compiler's heap have room in this."""
@@ -104,11 +104,7 @@ def _watch(worker: int) -> NoReturn:
                 status = 1 << 8
             else:
                 os.read(ended, 1 << 10)
-    for _ in range(2):  # a process may fork between the look and the kill
-        for pid in family(os.getpid()):
-            if pid != os.getpid():
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
+    kill_sessions([os.getpid()], spare=os.getpid())
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         if number != signal.SIGKILL:

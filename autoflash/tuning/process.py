@@ -27,6 +27,8 @@ _STDERR_LIMIT_BYTES = 4 << 20
 _READ_BYTES = 4 << 20
 """Most taken in at once: a worker that writes without end must not hold up the others."""
 _DYING_S = 20.0
+_LOOKS = 1000
+"""For processes to kill: some seconds of them."""
 
 
 class Process:
@@ -258,14 +260,25 @@ def close_all(processes: Sequence[Process]) -> None:
         process._stderr.close()
 
 
-def kill_sessions(leaders: Collection[int]) -> None:
-    """SIGKILL every process of these sessions, whatever group it is in, and all below them."""
-    # Twice: a process may fork between the look and the kill. A look takes milliseconds, so that
-    # many sessions share it.
-    for _ in range(2 if leaders else 0):
-        for pid in family(*leaders):
+def kill_sessions(leaders: Collection[int], *, spare: int | None = None) -> None:
+    """SIGKILL every process of these sessions, whatever group it is in, and all below them.
+
+    Args:
+        leaders: their processes' ids.
+        spare: a process that is left alone: the one that asks.
+    """
+    # Until a look finds nobody new: a process may fork between the look and its kill, so may what
+    # it forked, and on a busy machine that happens. A look takes milliseconds, so that many
+    # sessions share it; their number is bounded against what forks faster than that.
+    killed: set[int] = set()
+    for _ in range(_LOOKS if leaders else 0):
+        found = set(family(*leaders)) - killed - {spare}
+        for pid in found:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+        if not found:
+            return
+        killed |= found
 
 
 def family(*leaders: int) -> list[int]:

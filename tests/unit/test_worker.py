@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import signal
 import subprocess
@@ -230,9 +232,10 @@ def test_a_worker_that_is_killed_says_by_what(worker: Process, cpu: Device) -> N
 @pytest.mark.parametrize("role", ["compile", "device"])
 def test_workers_die_with_a_tuner_that_is_killed(role: str, cpu: Device, tmp_path: Path) -> None:
     # The worker is busy with a kernel that never ends, or a compiler that does not.
-    compiler = tmp_path / "slow-g++"
+    compiler, compiling = tmp_path / "slow-g++", tmp_path / "compiling"
     compiler.write_text(
-        '#!/bin/sh\ncase "$*" in *--version*) echo slow 1.0; exit 0;; esac\nsleep 300\n'
+        '#!/bin/sh\ncase "$*" in *--version*) echo slow 1.0; exit 0;; esac\n'
+        f"touch {compiling}\nsleep 300\n"
     )
     compiler.chmod(0o755)
     request = evaluate_request(render(cpu, fault="hang"), cpu)
@@ -263,16 +266,37 @@ def test_workers_die_with_a_tuner_that_is_killed(role: str, cpu: Device, tmp_pat
         text=True,
         env=environment(cache_dir=cache_dir, visible=""),
     ) as tuner:
-        tuner.stdin.write(__import__("json").dumps(request))
-        tuner.stdin.close()
-        session = int(tuner.stdout.readline())
-        members = 3 if role == "compile" else 1  # worker, ninja, shell of the compiler
-        limit = time.monotonic() + 30
-        while len(session_members(session)) < members and time.monotonic() < limit:
-            time.sleep(0.02)
-        assert len(session_members(session)) >= members
-        tuner.send_signal(signal.SIGKILL)
+        try:
+            tuner.stdin.write(json.dumps(request))
+            tuner.stdin.close()
+            session = int(tuner.stdout.readline())
+            limit = time.monotonic() + 60
+            while role == "compile" and not compiling.exists() and time.monotonic() < limit:
+                time.sleep(0.02)
+            # The watcher, and for a compiler at least: worker, ninja, shell.
+            assert len(session_members(session)) >= (4 if role == "compile" else 1)
+        finally:
+            tuner.send_signal(signal.SIGKILL)
     assert gone(session)
+
+
+def test_what_forks_while_it_is_killed_is_killed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A fork falls between each of the first looks and its kill; 7 asks and is spared.
+    looks = iter([[7, 10], [7, 10, 11], [7, 11, 12], [7, 12, 13], [7, 13]])
+    killed = []
+    monkeypatch.setattr(process_module, "family", lambda leader: next(looks))
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid))
+    process_module.kill_sessions([7], spare=7)
+    assert killed == [10, 11, 12, 13]
+    assert next(looks, None) is None
+
+
+def test_killing_gives_up_on_what_forks_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = itertools.count(10)
+    monkeypatch.setattr(process_module, "family", lambda leader: [next(fresh)])
+    monkeypatch.setattr(os, "kill", lambda pid, number: None)
+    process_module.kill_sessions([7])
+    assert next(fresh) > 100
 
 
 # The pool ---------------------------------------------------------------------------------------
