@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import selections, venvs
+from support import exports, venvs
 
 from autoflash.build import nvcc
 from autoflash.codegen.catalog import installed
@@ -35,18 +35,18 @@ SUPPORT = Path(__file__).parents[1] / "support"
 SOURCES = Options(binaries=False)
 SM80 = KNOWN_GPUS["sm80"]
 TRITON_WINNERS = [
-    selections.record("triton/fwd", "b1s256h4/2d64c-float16", SM80),
-    selections.record("triton/fwd", "b1s128h2d32f-float32", SM80),
-    selections.record("triton/fwd", "b1s128h2d64cw40cap20-float16", SM80),
+    exports.won("triton/fwd", "b1s256h4/2d64c-float16", SM80),
+    exports.won("triton/fwd", "b1s128h2d32f-float32", SM80),
+    exports.won("triton/fwd", "b1s128h2d64cw40cap20-float16", SM80),
     # Few rows, many keys: parts of them are put together by a second kernel.
-    selections.record("triton/fwd", "b1s4x1024h4/2d64c-float16", SM80),
+    exports.won("triton/fwd", "b1s4x1024h4/2d64c-float16", SM80),
 ]
 
 
 def cpu_selection() -> Selection:
     here = for_arch("cpu")
     names = ("b1s256h4/2d64c-float32", "b1s256h4/2d64f-bfloat16", "b1s192h2d48cw50cap20-float32")
-    return selections.selection(selections.record("cpp/fwd", name, here) for name in names)
+    return exports.selected(exports.won("cpp/fwd", name, here) for name in names)
 
 
 def case(q: tuple[int, ...], k: tuple[int, ...], dtype: str, **others: Any) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def test_installed_on_a_cpu_it_computes(install: Callable[..., Path]) -> None:
 def test_installed_kernels_in_triton_are_right_under_the_interpreter(
     install: Callable[..., Path],
 ) -> None:
-    python = install(selections.selection(TRITON_WINNERS), "tuned_triton")
+    python = install(exports.selected(TRITON_WINNERS), "tuned_triton")
     cases = [
         case((1, 256, 4, 64), (1, 256, 2, 64), "float16", causal=True),
         case((2, 133, 4, 64), (2, 70, 2, 64), "float16", causal=True),
@@ -166,8 +166,8 @@ print(json.dumps(found))
 @pytest.mark.parametrize(
     ("selection", "functions"),
     [
-        (selections.selection(TRITON_WINNERS), 5),
-        (selections.reviewed("nvidia-h200", "b16s1024h8/8d256c-bfloat16"), 1),  # in Gluon
+        (exports.selected(TRITON_WINNERS), 5),
+        (exports.reviewed("b16s1024h8/8d256c-bfloat16"), 1),  # in Gluon
     ],
     ids=["triton for sm80", "gluon for sm90"],
 )
@@ -220,7 +220,7 @@ def drawn(count: int, seed: int = 0) -> list[Problem]:
 
 
 def test_the_table_picks_what_autoflash_would(load: Callable[..., types.ModuleType]) -> None:
-    selection = selections.reviewed("nvidia-h200")
+    selection = exports.reviewed()
     table = load(selection, "tuned_h200")._attention.choices.__globals__
     choices, facts = table["choices"], table["table"]()["kernels"]
     served = Dispatcher(
@@ -252,7 +252,7 @@ def test_the_table_picks_what_autoflash_would(load: Callable[..., types.ModuleTy
 def test_a_kernel_serves_only_what_it_was_compiled_for(
     load: Callable[..., types.ModuleType],
 ) -> None:
-    table = load(selections.selection(TRITON_WINNERS), "tuned_traits")._attention
+    table = load(exports.selected(TRITON_WINNERS), "tuned_traits")._attention
     ask = lambda name: list(table.choices(asked(table, Problem.parse(name)).settled()))  # noqa: E731
     assert ask("b1s256h4/2d64c-float16")[0][0] == "exact"
     for other in (
@@ -266,7 +266,7 @@ def test_a_kernel_serves_only_what_it_was_compiled_for(
 
 
 def test_dispatch_tables_serve_between_the_winners(load: Callable[..., types.ModuleType]) -> None:
-    tuned = selections.record("triton/fwd", "b4s512h8d64c-float16", SM80, {"num_splits": 1})
+    tuned = exports.won("triton/fwd", "b4s512h8d64c-float16", SM80, tunables={"num_splits": 1})
     long = Problem.parse("b1s8192h8d64c-float16")
     values = {**tuned.config, "num_warps": 4, "num_stages": 3}
     other = Config.of("triton/fwd", values)
@@ -285,7 +285,7 @@ def test_dispatch_tables_serve_between_the_winners(load: Callable[..., types.Mod
         ),
         created="2026-11-21T10:00:00Z",
     )  # fmt: skip
-    chosen = selections.selection([tuned], tables=(dispatch,))
+    chosen = exports.selected([tuned], tables=(dispatch,))
     table = load(chosen, "tuned_tables")._attention
     kernels = table.table()["kernels"]
 
@@ -305,9 +305,9 @@ def test_dispatch_tables_serve_between_the_winners(load: Callable[..., types.Mod
 
 
 def test_all_reviewed_winners_are_exported_and_always_alike(tmp_path: Path) -> None:
-    selection = selections.reviewed("nvidia-h200")
+    selection = exports.reviewed()
     files = package.package_files(selection, SOURCES)
-    again = package.package_files(selections.reviewed("nvidia-h200"), SOURCES)
+    again = package.package_files(exports.reviewed(), SOURCES)
     assert files == again
     name = "autoflash_kernels_nvidia_h200"
     table = json.loads(files[f"{name}/table.json"])
@@ -418,7 +418,7 @@ def test_what_kernels_cannot_do_is_said(load: Callable[..., types.ModuleType]) -
 def test_libraries_of_cuda_are_built_and_can_be_built_again(tmp_path: Path) -> None:
     if reason := nvcc.unavailable():
         pytest.skip(f"there is no nvcc or there are no headers: {reason}")
-    selection = selections.reviewed("nvidia-h200", "b4s4096h16/16d128c-bfloat16")
+    selection = exports.reviewed("b4s4096h16/16d128c-bfloat16")
     files = package.package_files(selection, Options(name="tuned_cuda"))
     write(tmp_path, "package", selection, files)
     [kernel] = package.kernels(selection)
@@ -463,7 +463,7 @@ def test_a_compiled_kernel_is_launched_as_autoflash_does(
 
     from autoflash.build import triton
 
-    loaded = load(selections.selection(TRITON_WINNERS[:1]), f"tuned_launch_{int(newer)}")
+    loaded = load(exports.selected(TRITON_WINNERS[:1]), f"tuned_launch_{int(newer)}")
     launches: list[tuple[Any, ...]] = []
     launcher = types.SimpleNamespace(
         launch=lambda *args: launches.append(args), launch_cooperative_grid=False,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import selections
+from support import exports
 
 from autoflash import device as devices
 from autoflash.errors import InvalidInput
@@ -110,12 +110,12 @@ def tuned_here() -> Selection:
     """The default of the CPU's template as the winner of what a small Llama asks."""
     names = ("b3s1x16h4/2d16c-float32", "b3s11h4/2d16c-float32", "b2s9h4d16c-float32")
     here = devices.for_arch("cpu")
-    return selections.selection(selections.record("cpp/fwd", name, here) for name in names)
+    return exports.selected(exports.won("cpp/fwd", name, here) for name in names)
 
 
 @pytest.fixture(scope="module")
 def h200() -> Selection:
-    found = selections.reviewed("nvidia-h200", *H200)
+    found = exports.reviewed(*H200)
     assert len(found.entries) == len(H200)
     return found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import selections
+from support import exports
 
 from autoflash import cli
 from autoflash.codegen.catalog import installed
@@ -30,11 +30,11 @@ VERDICTS = {"holds", "tie", "lost", "default"}
 
 def selection() -> Selection:
     here = for_arch("cpu")
-    default = selections.record("cpp/fwd", "b1s128h2d32f-float32", here)
-    changed = selections.record("cpp/fwd", "b1s96h4/2d32c-float32", here)
+    default = exports.won("cpp/fwd", "b1s128h2d32f-float32", here)
+    changed = exports.won("cpp/fwd", "b1s96h4/2d32c-float32", here)
     space = installed().get("cpp/fwd").space(changed.problem, here).configs
     others = (config for config in space if config["prepack"] != changed.config["prepack"])
-    return selections.selection([default, dataclasses.replace(changed, config=next(others))])
+    return exports.selected([default, dataclasses.replace(changed, config=next(others))])
 
 
 @pytest.fixture(scope="module")
@@ -255,8 +255,8 @@ def test_on_another_arch_only_files_are_checked(
 ) -> None:
     monkeypatch.setattr(rematch, "play", touch_nothing)
     monkeypatch.setattr(verify.devices, "native", lambda: for_arch("cpu"))
-    record = selections.record("triton/fwd", "b1s256h4/2d64c-float16", KNOWN_GPUS["sm80"])
-    chosen = selections.selection([record])
+    record = exports.won("triton/fwd", "b1s256h4/2d64c-float16", KNOWN_GPUS["sm80"])
+    chosen = exports.selected([record])
     write(tmp_path, "package", chosen, package.package_files(chosen, SOURCES))
     code, out, _ = said(tmp_path, capsys)
     assert code == 4
@@ -266,7 +266,7 @@ def test_on_another_arch_only_files_are_checked(
 
 
 def test_sources_are_found_in_what_was_exported(tmp_path: Path) -> None:
-    chosen = selections.reviewed("nvidia-h200")  # CUDA with its entry point appended, and Gluon
+    chosen = exports.reviewed()  # CUDA with its entry point appended, and Gluon
     write(tmp_path / "export", "package", chosen, package.package_files(chosen, SOURCES))
     (tmp_path / "scratch").mkdir()
     found = rematch._shipped(bundle.read(tmp_path / "export"), tmp_path / "scratch")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import selections, venvs
+from support import exports, venvs
 
 from autoflash import device as devices
 from autoflash.export import Options, package, write
@@ -32,7 +32,7 @@ def case(q: tuple[int, ...], k: tuple[int, ...], dtype: str, **options: Any) -> 
 
 def test_the_winners_of_a_device_serve_where_autoflash_is_not(tmp_path: Path) -> None:
     here = devices.native()
-    known = selections.reviewed("nvidia-h200", *WINNERS)
+    known = exports.reviewed(*WINNERS)
     if here.arch != known.device.arch:
         pytest.skip(f"the reviewed records are for {known.device.arch}, this is {here.arch}")
     files = package.package_files(known, Options(name="tuned_gpu"))
@@ -72,7 +72,7 @@ def test_the_winners_of_a_device_serve_where_autoflash_is_not(tmp_path: Path) ->
 
 def test_the_benchmark_finds_it_as_fast(tmp_path: Path) -> None:
     here = devices.native()
-    if here.key != selections.reviewed("nvidia-h200").device.key:
+    if here.key != exports.reviewed().device.key:
         pytest.skip(f"there are no reviewed records of {here.name}")
     out = tmp_path / "speed.json"
     root = Path(__file__).parents[2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from autoflash import export
 from autoflash.codegen.catalog import installed
 from autoflash.database import Database
 from autoflash.device import KNOWN_GPUS, Device
-from autoflash.export import Selection
+from autoflash.export import Entry, Selection
 from autoflash.problem import Problem
 from autoflash.record import Record
 
@@ -36,6 +38,15 @@ def tried(
     return trial(asked, us, outcome, device, template=template, tunables=values, **fields)
 
 
+def won(template: str, problem: str, device: Device, **more: Any) -> Record:
+    """A winner: such a trial beside its rivals; its config is one that may be compiled."""
+    rivals = {"default_us": 110.0, "torch_us": 200.0, "torch_provider": "sdpa"}
+    record = tried(template, problem, device=device, **{**rivals, **more})
+    broken = installed().get(template).broken(record.config, record.problem, device)
+    assert broken is None, broken
+    return record
+
+
 def database(
     *trials: Record, winners: tuple[Record, ...] = (), pack: Path | None = None
 ) -> Database:
@@ -58,6 +69,22 @@ def selection(target: str, *trials: Record, **more: Any) -> Selection:
             db, installed(), templates=wanted.templates, stand_ins=wanted.stand_ins,
             trials=wanted.trials,
         )  # fmt: skip
+
+
+def selected(records: Iterable[Record], **others: Any) -> Selection:
+    """Those records as a selection, past all that `export` would leave out."""
+    entries = sorted(
+        (Entry(each, installed().get(each.config.template)) for each in records),
+        key=lambda entry: entry.problem.name,
+    )
+    return Selection(device=entries[0].record.device, entries=tuple(entries), **others)
+
+
+def reviewed(*names: str) -> Selection:
+    """The reviewed winners of the H200, or those of some problems."""
+    lines = map(json.loads, H200.read_text(encoding="utf-8").splitlines())
+    records = [Record.from_dict(line) for line in lines if "problem" in line]
+    return selected(each for each in records if not names or each.problem.name in names)
 
 
 def written(folder: Path, target: str, chosen: Selection, **options: Any) -> Path:

@@ -601,9 +601,9 @@ def test_products_that_ptxas_serializes_are_an_outcome(cache_dir: Path) -> None:
 def test_a_compilation_that_takes_too_long_is_ended(
     cache_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cuda, "COMPILE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(cuda, "COMPILE_TIMEOUT_S", 3.0)
     counting_nvcc(monkeypatch, tmp_path, f'echo $$ > "{tmp_path}/pid"\nexec sleep 60')
-    with pytest.raises(CompileError, match="has not finished after 1 s"):
+    with pytest.raises(CompileError, match="has not finished after 3 s"):
         build.compile_source(source(), SM90)
     pid = int((tmp_path / "pid").read_text())
     limit = time.monotonic() + 10

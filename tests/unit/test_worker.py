@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -146,23 +147,21 @@ def test_a_compiler_that_hangs_is_killed_with_its_children(cpu: Device, tmp_path
     try:
         # The first request waits for the start too: let that pass.
         assert answer(process, {"kind": "compile", "source": {}, "device": {}})["outcome"]
-        process.submit(compile_request(render(cpu), cpu), timeout_s=3.0)
+        process.submit(compile_request(render(cpu), cpu), timeout_s=5.0)
         session = process.pid
         assert session is not None
         groups = set()
         while (reply := process.poll()) is None:
-            groups |= {os.getpgid(pid) for pid in session_members(session) if _alive(pid)}
+            for pid in session_members(session):
+                with contextlib.suppress(ProcessLookupError):
+                    groups.add(os.getpgid(pid))
             time.sleep(0.02)
     finally:
         process.close()
     assert reply["outcome"] == "timeout"
-    assert "3 s" in reply["reason"]
+    assert "5 s" in reply["reason"]
     assert len(groups) > 1  # ninja put the compiler into a group of its own, yet it is gone
     assert gone(session)
-
-
-def _alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
 
 
 def test_an_unknown_request_is_an_answer_not_a_death(worker: Process) -> None:
