@@ -100,9 +100,9 @@ def write_dump(path: Path, records: Iterable[Record], tables: Iterable[DispatchT
     lines = [rows.canonical(record.to_dict()) for record in sorted(records, key=rows.sort_key)]
     lines += [generalised.to_line(table) for table in generalised.sorted_tables(tables)]
     content = "".join(f"{line}\n" for line in lines).encode()
-    target = path.resolve()
-    # A pipe or a device is written to, not replaced.
-    special = target.exists() and not target.is_file()
+    # A pipe or a device is written to, not replaced; the pipe behind /dev/stdout has no other name.
+    special = path.exists() and not path.is_file()
+    target = path if special else path.resolve()
     written = target if special else target.with_name(f".{target.name}.{os.getpid()}")
     try:
         written.write_bytes(content)

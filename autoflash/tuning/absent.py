@@ -16,7 +16,7 @@ from autoflash.problem import Problem
 from autoflash.record import Record
 from autoflash.tuning.predict import over_resources, predict
 from autoflash.tuning.run import Run, infeasible
-from autoflash.tuning.trials import Report, compile_request, explain
+from autoflash.tuning.trials import HOPELESS, Report, compile_request, explain
 
 
 class Predictions:
@@ -78,7 +78,7 @@ class Predictions:
         run = self._run
         todo = [config for config in reversed(self._order) if config not in self.records]
         while todo or self._compiling:
-            in_time = left_s() > 0 or self.best is None
+            in_time = left_s() > 0 or self._must_go_on()
             while in_time and todo and len(self._compiling) < 2 * run.jobs:
                 self._take(todo.pop())
             if not self._compiling:
@@ -89,12 +89,16 @@ class Predictions:
                 for config in configs:
                     assert source is not None
                     self._compiled(config, source, finished.reply)
-            if left_s() <= 0 and self.best is not None:
+            if left_s() <= 0 and not self._must_go_on():
                 todo.clear()
                 for digest in run.workers.cancel("compile"):
                     self._compiling.pop(digest, None)
         if self._blocked and self.best is None:
             raise next(iter(self._blocked.values()))
+
+    def _must_go_on(self) -> bool:
+        """Whether the search goes on past its time: nothing has compiled yet."""
+        return self.best is None and len(self.records) < HOPELESS
 
     def _take(self, config: Config) -> None:
         run = self._run

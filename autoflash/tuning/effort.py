@@ -23,6 +23,7 @@ class Effort:
         rounds: interleaved rounds of the finals. Five are the fewest that can prove anything of
             one finalist, six of up to three, nine of up to 25.
         finals_ms: time spent on each finalist, at least.
+        asked_s: like seconds, where a run as a whole has less time than that; None where not.
         turn_ms: on a GPU, time of each of its turns, at least. A board at its power limit lowers
             its clocks, and which kernel is fastest changes with that (docs/hopper-forward.md);
             turns of 0.2 s show it, those of 14 ms did not.
@@ -45,18 +46,26 @@ class Effort:
     compile_timeout_s: float = 120.0
     evaluate_timeout_s: float = 60.0
     turn_ms: float = 0.0
+    asked_s: float | None = None
+
+    @property
+    def finals_s(self) -> float | None:
+        """Most time of a problem's finals where calls are long, half of what it has."""
+        limits = [limit for limit in (self.seconds, self.asked_s) if limit is not None]
+        return 0.5 * min(limits) if limits else None
 
     def within(self, seconds: float | None) -> Effort:
-        """The same with turns so short that the finals take no more than half of a problem's time.
+        """The same with finals that take no more than half of a problem's time.
 
         Args:
-            seconds: for search and finals of one problem, on average; None is no limit.
+            seconds: for search and finals of one problem, on average; None is no limit but the
+                effort's.
         """
-        if seconds is None:
+        if seconds is None or (self.seconds is not None and self.seconds <= seconds):
             return self
         entries = self.finalists + 2  # the default and PyTorch
         most_ms = 0.4e3 * seconds / (self.rounds * entries)
-        return dataclasses.replace(self, turn_ms=min(self.turn_ms, most_ms))
+        return dataclasses.replace(self, asked_s=seconds, turn_ms=min(self.turn_ms, most_ms))
 
     def finalist_ms(self, device: Device) -> float:
         """Time spent on each finalist, at least, on a device of that kind."""

@@ -26,6 +26,9 @@ from autoflash.tuning.trials import (
 
 NEAR = 1.1
 """Finalists are within this factor of the best: single timings differ by less from run to run."""
+FEWEST_ROUNDS = 6
+"""Of the finals: up to three finalists can be told from the default by so many (tuning.effort)."""
+_MARGIN = 1.2
 TRIES = 2
 ATTEMPTS = 3
 """Finals that fail are held again, without those that made them fail."""
@@ -50,20 +53,29 @@ class Verdict:
 
 def estimate_s(run: Run, best_us: float | None) -> float:
     """How long the finals will take: two calls a turn, for the finalists, the default, PyTorch."""
-    effort = run.effort
     entries = finalists_within(run, best_us) + 2
-    least_ms = effort.finalist_ms(run.device)
-    each_s = max(2 * (effort.rounds + 1) * (best_us or 0.0) / 1e6, least_ms / 1e3)
-    return 1.2 * entries * each_s
+    least_ms = run.effort.finalist_ms(run.device)
+    each_s = max(2 * (rounds_within(run, best_us) + 1) * (best_us or 0.0) / 1e6, least_ms / 1e3)
+    return _MARGIN * entries * each_s
 
 
 def finalists_within(run: Run, best_us: float | None) -> int:
     """How many finalists there is time for: one where a call takes seconds."""
     effort = run.effort
-    if effort.seconds is None or not best_us:
+    if effort.finals_s is None or not best_us:
         return effort.finalists
     each_s = 2 * (effort.rounds + 1) * best_us / 1e6
-    return max(1, min(effort.finalists, int(0.3 * effort.seconds / each_s)))
+    return max(1, min(effort.finalists, int(0.6 * effort.finals_s / each_s)))
+
+
+def rounds_within(run: Run, best_us: float | None) -> int:
+    """How many rounds there is time for: the fewest that prove something where calls are long."""
+    effort = run.effort
+    if effort.finals_s is None or not best_us:
+        return effort.rounds
+    entries = finalists_within(run, best_us) + 2
+    round_s = _MARGIN * entries * 2 * best_us / 1e6
+    return min(effort.rounds, max(FEWEST_ROUNDS, int(effort.finals_s / round_s) - 1))
 
 
 def choose(records: Sequence[Record], count: int, keep: Config | None = None) -> list[Record]:
@@ -79,7 +91,7 @@ def choose(records: Sequence[Record], count: int, keep: Config | None = None) ->
 
 
 def decide(run: Run, problem: Problem, records: Sequence[Record], defaults: Sequence[Config],
-           champion: Config | None) -> Verdict:  # fmt: skip
+           champion: Record | None) -> Verdict:  # fmt: skip
     """Time the best few again, beside the defaults and PyTorch, and name the winner.
 
     The fastest finalist wins if it beats the fastest default by more than the noise; otherwise that
@@ -91,11 +103,15 @@ def decide(run: Run, problem: Problem, records: Sequence[Record], defaults: Sequ
         problem: which.
         records: trials of the problem, at least one of them correct and timed.
         defaults: the templates' default configs; those that proved wrong are left out.
-        champion: the stored winner so far, which has to defend its title.
+        champion: the stored winner so far, which has to defend its title; also one that was not
+            tried, whose template is not searched.
     """
     by_config = {record.config: record for record in records}
     best_us = min(record.latency_us or 0.0 for record in records if record.is_measured)
-    finalists = choose(records, finalists_within(run, best_us), champion)
+    keep = champion.config if champion else None
+    finalists = choose(records, finalists_within(run, best_us), keep)
+    if champion is not None and champion.config not in by_config:
+        finalists.append(champion)
     entrants = {record.config: record for record in finalists}
     for config in defaults:
         record = by_config.get(config)
@@ -104,7 +120,7 @@ def decide(run: Run, problem: Problem, records: Sequence[Record], defaults: Sequ
     reply: dict[str, Any] = {}
     for _ in range(ATTEMPTS):
         # With nothing but defaults there is nothing to prove.
-        rounds = run.effort.rounds if set(entrants) - set(defaults) else 3
+        rounds = rounds_within(run, best_us) if set(entrants) - set(defaults) else 3
         reply = turns(run, problem, list(entrants), rounds=rounds, best_us=best_us)
         if reply["outcome"] == "ok":
             break
@@ -221,7 +237,7 @@ def guilty(
 
 
 def _source(run: Run, problem: Problem, config: Config) -> Source:
-    return run.templates[config.template].render(config, problem, run.device)
+    return run.template(config.template).render(config, problem, run.device)
 
 
 def greet(run: Run) -> None:

@@ -203,6 +203,7 @@ class _Generalising:
         self._seconds = max_seconds
         self._total = sum(len(work.shapes) for work in self._families)
         self._done = 0
+        self._unsettled: Mapping[Problem, str] = {}
 
     def all(self, command: str, limits: Mapping[str, object]) -> list[Generalised]:
         run = self._run
@@ -234,6 +235,7 @@ class _Generalising:
         """Measure shape after shape, of each family in its turn, until the time is used up."""
         end = None if self._seconds is None else time.monotonic() + self._seconds
         shapes = Shapes(self._run, end)
+        self._unsettled = shapes.unsettled
         for number in range(max(len(work.shapes) for work in self._families)):
             turn = []
             for work in self._families:
@@ -277,6 +279,10 @@ class _Generalising:
     def _conclude(self, work: _FamilyWork, reason: str) -> Generalised:
         """Choose a family's table from what was measured, and store it."""
         wanted, measured = len(work.shapes), len(work.times)
+        for problem in work.shapes:
+            if problem in self._unsettled:
+                reason = f"{problem.name} {self._unsettled[problem]}; run it again to go on"
+                break
         table = _table(self._run, work)
         if table is None:
             told = reason

@@ -30,16 +30,17 @@ def device_lock(
         wait_s: how long to wait for another process.
 
     Raises:
-        CacheError: another process holds it; the message says which.
+        CacheError: another process holds it; the message says which. Or the lock of another user
+            cannot be opened.
     """
     directory = root / "locks"
-    directory.mkdir(parents=True, exist_ok=True)
     which = f"-{visible}" if visible else ""
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in f"tune-{device.slug}{which}")
     path = directory / f"{name}.lock"
     owner = directory / f"{name}.pid"
     lock = FileLock(path)
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=wait_s)
     except Timeout:
         pid = "unknown"
@@ -49,6 +50,11 @@ def device_lock(
             f"{device.name} is being tuned by another process (pid {pid}); waited {wait_s:.0f} s "
             f"for {path}. Wait for it or end it: the lock goes with its process."
         ) from None
+    except OSError as error:
+        raise CacheError(
+            f"{device.name} cannot be locked for tuning: {error}. Locks lie in the cache "
+            "directory; set AUTOFLASH_CACHE_DIR to one in which nobody else made them."
+        ) from error
     try:
         owner.write_text(f"{os.getpid()}\n")
         yield

@@ -54,6 +54,7 @@ class Run:
         compile_s: moving average of the seconds that one compilation takes.
         compiled: source digest -> the compiler's answer: problems of equal traits share sources.
         strategy: how the search goes about it; any but the shipped one is for comparisons.
+        others: name -> template, those that are not searched; their winners defend their titles.
         ledger: through which everything is stored in the database.
         kills: config -> the problems on which a process that compiled or ran it had to be killed,
             or died.
@@ -72,6 +73,7 @@ class Run:
     compile_s: float = 3.0
     compiled: dict[str, dict[str, Any]] = field(default_factory=dict)
     strategy: Strategy = SHIPPED
+    others: Mapping[str, Template] = field(default_factory=dict)
     ledger: Ledger = field(init=False)
     kills: dict[Config, set[Problem]] = field(init=False)
 
@@ -124,11 +126,23 @@ class Run:
         template = self.templates.get(record.config.template)
         return template is not None and template.digest == record.template_digest
 
+    def template(self, name: str) -> Template:
+        """A template of ours, or one of the others."""
+        return self.templates.get(name) or self.others[name]
+
     def best(self, problem: Problem) -> Record | None:
-        """The stored winner of this problem on this device, if it still holds."""
+        """The stored winner of this problem on this device, if it still holds.
+
+        It may be of a template that is not searched, which it can be built with here.
+        """
         for record in self.database.bests(device_key=self.device.key):
             if (record.problem, record.policy) == (problem, self.policy):
-                return record if self.is_current(record) else None
+                if self.is_current(record):
+                    return record
+                other = self.others.get(record.config.template)
+                if other is None or other.digest != record.template_digest:
+                    return None
+                return record if refusal(other, problem, self.device) is None else None
         return None
 
     def nearest(self, problem: Problem) -> list[Config]:
@@ -183,7 +197,7 @@ class Run:
         return Record(
             problem=problem,
             config=config,
-            template_digest=self.templates[config.template].digest,
+            template_digest=self.template(config.template).digest,
             device=self.device,
             outcome=outcome,
             policy=self.policy,

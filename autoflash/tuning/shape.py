@@ -69,10 +69,14 @@ class Shapes:
     Args:
         run: with a policy of its own; everything measured is stored under it.
         end: time.monotonic() at which to stop; None is never.
+
+    Attributes:
+        unsettled: shape -> how its turns failed, which no config does alone.
     """
 
     def __init__(self, run: Run, end: float | None) -> None:
         self._run, self._end = run, end
+        self.unsettled: dict[Problem, str] = {}
         self._each_s = 0.0  # the longest measurement of a shape so far
 
     def in_time(self) -> bool:
@@ -133,7 +137,10 @@ class Shapes:
     # Measuring ----------------------------------------------------------------------------------
 
     def measure(self, shape: Shape) -> Times | None:
-        """Time of each config, as stored or measured now; None where its kernels are not built.
+        """Time of each config, as stored or measured now.
+
+        None where its kernels are not built, or where its turns failed though every config works
+        alone; `unsettled` then says how. Both are left to the next run.
 
         A config that fails, in whatever way, has the time None. Correct ones that are not hopeless
         are timed in turns; the others have the time of a few calls.
@@ -188,7 +195,7 @@ class Shapes:
             finals.greet(run)
         return reply
 
-    def _turns(self, row: _Row) -> Times:
+    def _turns(self, row: _Row) -> Times | None:
         """Time what is left in turns, and store everything that is known of the shape."""
         run, shape = self._run, row.shape
         by_source = shape.by_source
@@ -218,6 +225,7 @@ class Shapes:
                 row.records[left[config]] = dataclasses.replace(failure, created=row.created)
         if reply["outcome"] != "ok":
             # None of them fails alone. Measured one by one, their times could not be compared.
+            self.unsettled[shape.problem] = f"in turns: {explain(reply)}"
             why = f"{DOUBTFUL}in turns: {explain(reply)}"
             for digest, record in row.records.items():
                 if record.outcome == "ok":
@@ -232,7 +240,7 @@ class Shapes:
         for record in records:
             run.ledger.trial(record, run.number)
             run.note(record)
-        return _times(records)
+        return _times(records) if reply["outcome"] == "ok" else None
 
     def _add(self, row: _Row, digest: str, outcome: str, **facts: Any) -> None:
         config = row.shape.by_source[digest][0]

@@ -106,9 +106,16 @@ def compare(
     return Comparison(math.exp(middle), math.exp(low), math.exp(high), len(logs))
 
 
+_EXACT_ROUNDS = 100
+"""Beyond, the signed-rank sum is taken for normal: counting takes the cube of their number."""
+
+
 @cache
 def _signed_rank_quantile(count: int, confidence: float = CONFIDENCE) -> int:
     """Largest k with P(signed-rank sum < k) <= 1 - confidence; 0 where even k = 1 is too likely."""
+    if count > _EXACT_ROUNDS:
+        mean, variance = count * (count + 1) / 4, count * (count + 1) * (2 * count + 1) / 24
+        return math.floor(statistics.NormalDist(mean, math.sqrt(variance)).inv_cdf(1 - confidence))
     ways = [1]  # ways[s]: subsets of the ranks 1..n that sum to s
     for rank in range(1, count + 1):
         longer = ways + [0] * rank

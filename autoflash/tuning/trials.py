@@ -62,6 +62,7 @@ class Trials:
         fresh: trials made by this run.
         limit: most trials, those of earlier runs included.
         defaults: the default config of every template that accepts the problem and is feasible.
+        is_exhausted: whether nothing is left to try: of the space, or of the number of trials.
         refusals: template -> why it does not take the problem, or cannot be compiled here.
     """
 
@@ -87,6 +88,11 @@ class Trials:
             seed=run.seed,
             sampler=run.strategy.sampler,
         )
+        champion = run.best(problem)
+        held = [champion.config] if champion else []
+        spared = [c for c in held if c.template in spaces and c in set(spaces[c.template].configs)]
+        # What must be known before a winner is named: it is tried whatever the limits.
+        self._musts = list(dict.fromkeys([*self.defaults, *spared]))
         self.limit = min(limit, len(self._searcher))
         # On a CPU compilers would disturb what is timed: a batch is compiled, then measured.
         self._exclusive = not run.device.is_cuda
@@ -106,12 +112,14 @@ class Trials:
         self._longest_s = 0.0  # that a candidate of this problem took, of those that came through
         self._proposed = 0
         self._closed = False  # nothing more is asked for
+        self.is_exhausted = False
         self._blocked: dict[str, AutoflashError] = {}  # template -> why it cannot be built here
         self._evaluate_s = 0.5 + _CALLS * call_s(problem, run.device)  # a moving average
         for record in run.stored(problem):
             self._keep(record)
-        # A default that is new to a full budget is tried beyond it: without one nobody can win.
-        new = [config for config in self.defaults if config not in self.records]
+        # A default that is new to a full budget is tried beyond it: without one nobody can win. So
+        # is the stored winner, which may come from elsewhere: it loses its title to nobody untried.
+        new = [config for config in self._musts if config not in self.records]
         self.limit = max(self.limit, len(self.records) + len(new) if new else 0)
 
     @property
@@ -124,6 +132,11 @@ class Trials:
     def best_us(self) -> float | None:
         """Its time."""
         return self.best.latency_us if self.best else None
+
+    @property
+    def obstacle(self) -> str:
+        """What keeps a template from being built here, or ""."""
+        return next((f"{name} cannot be built: {why}" for name, why in self._blocked.items()), "")
 
     def search(self, left_s: Callable[[], float]) -> None:
         """Try configs until the space, the number of trials or the time is exhausted.
@@ -162,6 +175,7 @@ class Trials:
             config = self._searcher.ask()
             if config is None:
                 self._closed = True
+                self.is_exhausted = not self._blocked
             elif config.template in self._blocked or self._is_barred(config):
                 self._searcher.tell(config, None)
             else:
@@ -171,30 +185,34 @@ class Trials:
 
     def _may_ask(self) -> bool:
         under_way = len(self._compiling) + len(self._ready) + bool(self._running)
+        if len(self.records) + under_way >= self.limit:
+            self.is_exhausted = len(self.records) >= self.limit
+            return False
         if self._closed or under_way >= self._batch:
             return False
-        if len(self.records) + under_way >= self.limit:
-            return False
+        if not self.fresh and self._proposed >= len(self._musts) and not self._has_time():
+            return under_way == 0  # whether to go on is known when the defaults are
         return not self._out_of_time()
 
     def _is_barred(self, config: Config) -> bool:
-        """Whether to leave out a config for what it did on other problems; never a default."""
-        return config not in self.defaults and self._run.is_barred(config)
+        """Whether to leave out a config for what it did on other problems; never a must."""
+        return config not in self._musts and self._run.is_barred(config)
 
-    def _lacks_default(self) -> bool:
-        """Whether there is a default, among the first proposals, that nothing is known of yet."""
-        return any(config not in self.records for config in self.defaults)
+    def _lacks_musts(self) -> bool:
+        """Whether one that must be tried, among the first proposals, is still unknown."""
+        return any(c not in self.records and c.template not in self._blocked for c in self._musts)
 
     def _out_of_time(self) -> bool:
         """Whether to stop: never before a default and one config that works, if any does."""
-        if (self.best is None or self._lacks_default()) and self.fresh < HOPELESS:
+        if (self.best is None or self._lacks_musts()) and self.fresh < HOPELESS:
             return False
         return self._left_s() <= 0
 
     def _fits(self, config: Config) -> bool:
         """Whether one more compilation, and the run after it, will end in time."""
-        if config in self.defaults or (self.best is None and self.fresh):
-            return True
+        return config in self._musts or (self.best is None and self.fresh > 0) or self._has_time()
+
+    def _has_time(self) -> bool:
         waiting = len(self._compiling) + 1
         waves = math.ceil(waiting / self._run.jobs)
         if self._compiling and waves == math.ceil(len(self._compiling) / self._run.jobs):
@@ -223,9 +241,13 @@ class Trials:
             self._closed = True
         else:
             self._twins[source.digest] = []
-            self._compiling[source.digest] = candidate
-            request = compile_request(source, run.device)
-            run.workers.submit("compile", source.digest, request, run.effort.compile_timeout_s)
+            self._compile(candidate)
+
+    def _compile(self, candidate: _Candidate) -> None:
+        run, source = self._run, candidate.source
+        self._compiling[source.digest] = candidate
+        request = compile_request(source, run.device)
+        run.workers.submit("compile", source.digest, request, run.effort.compile_timeout_s)
 
     # Running ------------------------------------------------------------------------------------
 
@@ -276,11 +298,20 @@ class Trials:
         if "raise" in reply:
             self._block(candidate, reply)
             return
-        if reply["outcome"] != "ok":
-            reason = f"compiling: {explain(reply)}"
-            outcome = reply["outcome"]
-            self._finish(run.record(self.problem, config, outcome, source=source, reason=reason))
+        outcome = reply["outcome"]
+        if outcome != "ok":
+            doubtful = outcome in KILLS and config in self._musts and candidate.kills == 0
+            reason = (DOUBTFUL if doubtful else "") + f"compiling: {explain(reply)}"
+            record = run.record(self.problem, config, outcome, source=source, reason=reason)
+            if not doubtful:
+                self._finish(record)
+                return
+            run.ledger.trial(record, run.number)
+            self._report(None, f"{config.key}: {outcome}; compiled again in a fresh process")
+            candidate.kills = 1
+            self._compile(candidate)
             return
+        candidate.kills = 0
         candidate.resources = reply["resources"]
         reason_or_none = over_resources(reply["resources"], run.device)
         if reason_or_none is None and config not in self._seeds:
@@ -339,12 +370,13 @@ class Trials:
 
         A candidate may have ruined the process for those behind it: what crashes or runs out of
         memory in a process that ran others is not believed yet. And without its default a problem
-        has no winner to be trusted: a default must cost two processes to be given up.
+        has no winner to be trusted: a default must cost two processes to be given up, and so must
+        the stored winner.
         """
         if reply["outcome"] == "timeout":
-            return candidate.config in self.defaults
+            return candidate.config in self._musts
         if reply["outcome"] == "crash":
-            return not unused or candidate.config in self.defaults
+            return not unused or candidate.config in self._musts
         return bool(reply.get("again"))
 
     def _greeted(self, reply: Mapping[str, Any]) -> None:

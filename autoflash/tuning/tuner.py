@@ -112,8 +112,10 @@ def tune(
     """
     wanted = list(dict.fromkeys(problems))
     _check(wanted, max_trials, max_seconds)
-    chosen = _chosen(catalog or installed(), templates)
-    each_s = max_seconds * max(1, len(boards)) / max(1, len(wanted)) if max_seconds else None
+    every = catalog or installed()
+    chosen = _chosen(every, templates)
+    at_once = max(1, min(len(boards), len(wanted)))
+    each_s = max_seconds * at_once / max(1, len(wanted)) if max_seconds else None
     budget = efforts.of(effort).within(each_s)
     present = bool(boards) or is_present(device) or workers is not None
     languages = {template.language for template in chosen.values()}
@@ -131,6 +133,7 @@ def tune(
         run = Run(
             device=device,
             templates=chosen,
+            others={name: t for name, t in every.templates.items() if name not in chosen},
             database=database,
             effort=budget,
             policy=policy_for(device).id if present else MODEL,
@@ -266,13 +269,17 @@ class _Tuning:
         trials.search(lambda: deadline - time.monotonic() - finals.estimate_s(run, trials.best_us))
         if trials.best is None:
             return self._result("invalid", trials, None, _why_invalid(trials))
-        if not trials.fresh and champion is not None and champion.is_measured:
+        records = list(trials.records.values())
+        # A run that was ended before its finals leaves trials that no finals have judged.
+        newer = any(r.is_measured and champion and r.created > champion.created for r in records)
+        if not trials.fresh and champion is not None and champion.is_measured and not newer:
+            if not trials.is_exhausted:
+                reason = trials.obstacle or "no time for another trial"
+                return self._result("partial", trials, champion, f"{reason}; stored earlier")
             improved = champion.config not in trials.defaults
             status = "improved" if improved else "unimproved"
             return self._result(status, trials, champion, "nothing left to try; stored earlier")
-        records = list(trials.records.values())
-        keep = champion.config if champion else None
-        verdict = finals.decide(run, problem, records, trials.defaults, keep)
+        verdict = finals.decide(run, problem, records, trials.defaults, champion)
         for record in verdict.finalists:
             self._event(
                 "finalist", index, record=record, best_us=verdict.best.latency_us,

@@ -139,6 +139,16 @@ def test_quantiles_are_those_of_the_signed_rank_tables(count: int, critical: int
     assert timing._signed_rank_quantile(count) == critical + 1
 
 
+@pytest.mark.parametrize("count", [60, 80, 100])
+def test_quantiles_of_many_rounds_go_on_from_those_that_are_counted(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = timing._signed_rank_quantile.__wrapped__(count)
+    monkeypatch.setattr(timing, "_EXACT_ROUNDS", 0)
+    assert timing._signed_rank_quantile.__wrapped__(count) == pytest.approx(counted, abs=1)
+    assert 0 < timing._signed_rank_quantile.__wrapped__(2000) < 2000 * 2001 / 4
+
+
 def test_too_few_rounds_say_nothing() -> None:
     few = compare([1.0] * 4, [2.0] * 4)
     assert few.ratio == pytest.approx(0.5)
