@@ -69,7 +69,7 @@ def run(
 
     Raises:
         UnknownName: a provider is unknown.
-        InvalidInput: there is no problem, or the device is not present.
+        InvalidInput: there is no problem, one has no work in it, or the device is not present.
     """
     chosen = list(dict.fromkeys(PROVIDERS if providers is None else providers))
     for name in chosen:
@@ -78,6 +78,9 @@ def run(
     wanted = list(problems)
     if not wanted or not chosen:
         raise InvalidInput("there is nothing to compare: no problem or no provider was given.")
+    for problem in wanted:
+        if not problem.flops:
+            raise InvalidInput(f"{problem.name} has no work in it: there is nothing to time.")
     _require(device)
     build_ahead(wanted, device, chosen, on_start=on_build)
     timer = Timer(device, seed=seed)

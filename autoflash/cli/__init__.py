@@ -21,6 +21,7 @@ from autoflash.cli.options import (
     DatabaseOption,
     DevicesOption,
     EffortOption,
+    HereOption,
     JobsOption,
     JsonOption,
     SeedOption,
@@ -317,7 +318,7 @@ def why(
     shapes: Annotated[
         list[str], typer.Argument(metavar="SHAPE...", help="Such as b4s4096h32/8d128c-bfloat16.")
     ],
-    arch: ArchOption = "native",
+    arch: HereOption = "native",
     count: Annotated[int, typer.Option("--count", min=0, help="Other records to list.")] = 5,
     database: DatabaseOption = None,
     as_json: JsonOption = False,
@@ -340,7 +341,7 @@ def why(
 @takes_problems
 def bench(
     selection: Selection,
-    arch: ArchOption = "native",
+    arch: HereOption = "native",
     providers: Annotated[
         str | None,
         typer.Option(
@@ -362,7 +363,10 @@ def bench(
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time autoflash beside every other attention that is installed, in the same rounds."""
+    """Time autoflash beside every other attention that is installed, in the same rounds.
+
+    Exit code: 5 if no provider could be timed on any problem.
+    """
     from autoflash import benchmark
     from autoflash import device as devices
     from autoflash.tuning.timing import ROUNDS
@@ -382,6 +386,8 @@ def bench(
         on_report=partial(reports.bench_saved, out=out) if out else None,
     )
     reports.benched(report, out, as_json)
+    if not any(report.latencies().values()):
+        raise typer.Exit(results.EXIT_INVALID)
 
 
 @app.command()
@@ -469,7 +475,7 @@ def verify(
 @takes_problems
 def warmup(
     selection: Selection,
-    arch: ArchOption = "native",
+    arch: HereOption = "native",
     database: DatabaseOption = None,
     as_json: JsonOption = False,
 ) -> None:

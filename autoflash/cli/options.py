@@ -24,6 +24,14 @@ ArchOption = Annotated[
         "One that is not here is planned and compiled for, and its times are predicted.",
     ),
 ]
+HereOption = Annotated[
+    str,
+    typer.Option(
+        "--arch",
+        metavar="ARCH",
+        help="sm80, sm86, sm89, sm90, sm100, sm120, cpu, or native: the device found here.",
+    ),
+]
 AnyArchOption = Annotated[
     str | None, typer.Option("--arch", metavar="ARCH", help="Only of this arch.")
 ]

@@ -104,7 +104,8 @@ def duration(seconds: float) -> str:
 
 def tflops(record: Record) -> str:
     """The rate of a record."""
-    return f"{record.problem.tflops(record.latency_us):.3g}" if record.latency_us else ""
+    rate = record.problem.tflops(record.latency_us) if record.latency_us else None
+    return "" if rate is None else f"{rate:.0f}" if rate >= 99.5 else f"{rate:.3g}"
 
 
 def kernel(config: Config | None) -> str:

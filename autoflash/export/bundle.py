@@ -50,12 +50,19 @@ def write(
         files: path below the folder -> content.
 
     Raises:
-        InvalidInput: the folder is not ours, or cannot be read or written.
+        InvalidInput: the folder is not ours, holds another form or a file that would be lost, or
+            cannot be read or written.
     """
     try:
-        former = _former(folder)
+        former = _former(folder, target)
+        taken = sorted(path for path in files if path not in former and (folder / path).exists())
     except OSError as error:
         raise _unusable(folder, error) from error
+    if taken:
+        raise InvalidInput(
+            f"--out {folder} holds {taken[0]}, which no export wrote and this one would replace. "
+            "Move it away, or name another folder."
+        )
     contents = {
         path: text.encode() if isinstance(text, str) else text for path, text in files.items()
     }
@@ -164,8 +171,8 @@ def _unusable(folder: Path, error: OSError) -> InvalidInput:
     )
 
 
-def _former(folder: Path) -> set[str]:
-    """The files of an export that is there already."""
+def _former(folder: Path, target: str) -> set[str]:
+    """The files of an export of this form that is there already."""
     if not folder.exists():
         return set()
     if not folder.is_dir():
@@ -173,9 +180,15 @@ def _former(folder: Path) -> set[str]:
     if not any(folder.iterdir()):
         return set()
     try:
-        return set(read(folder).files)
+        former = read(folder)
     except InvalidInput as error:
         raise InvalidInput(
             f"--out {folder} holds files and no export of ours, which could be replaced: {error} "
             "Name an empty or a new folder."
         ) from error
+    if former.target != target:
+        raise InvalidInput(
+            f"--out {folder} holds an export of {former.target}, which one of {target} would take "
+            "away. Name another folder."
+        )
+    return set(former.files)

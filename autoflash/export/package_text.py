@@ -69,8 +69,8 @@ def readme(name: str, selection: Selection, build_loop: str | None) -> str:
         f"""\
 # {name}
 
-Attention kernels that autoflash tuned for {device.name} ({device.arch}). They need PyTorch, some
-of them Triton, and none autoflash.
+Attention kernels that autoflash tuned for {device.name} ({device.arch}). They need PyTorch,
+those in Triton that too, and none autoflash.
 
     pip install .
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from autoflash.codegen import catalog
 from autoflash.config import Config
-from autoflash.device import Device, native
+from autoflash.device import Device, for_arch, native
 from autoflash.dispatch_table import DispatchTable
 from autoflash.problem import MAX_DISTANCE, Problem
 from autoflash.record import Record
@@ -99,7 +99,7 @@ class Explanation:
 
 def explain(
     problem: Problem | str,
-    device: Device | None = None,
+    device: Device | str | None = None,
     *,
     count: int = 5,
     dispatcher: Dispatcher | None = None,
@@ -108,15 +108,19 @@ def explain(
 
     Args:
         problem: what is asked, or its name ("b1s4096h32/8d128c-bfloat16").
-        device: where; None is the device found here. It need not be present.
+        device: where, or its arch ("sm90": the chip of autoflash.device.KNOWN_GPUS); None is the
+            device found here. It need not be present.
         count: how many other records to list.
         dispatcher: asked instead of this process's own.
 
     Raises:
         InvalidInput: the name is not one of a problem.
+        UnknownName: there is no such arch.
     """
     if isinstance(problem, str):
         problem = Problem.parse(problem)
+    if isinstance(device, str):
+        device = for_arch(device)
     asked = dispatcher or _dispatcher(device or native())
     choices = list(asked.choices(problem))
     first = choices[0] if choices else None

@@ -107,17 +107,22 @@ def simulate(
             for seed in range(seeds if strategy.varies else 1)
             for trace in replay([table], strategy, seed=seed, trials=trials, jobs=jobs)
         ]
-        standings.append(standing(name, traces, jobs))
+        standings.append(standing(name, traces, jobs, trials))
     return standings
 
 
-def standing(name: str, traces: Sequence[Trace], jobs: int | None = None) -> Standing:
-    """Regrets of the traces of one strategy."""
+def standing(
+    name: str, traces: Sequence[Trace], jobs: int | None = None, trials: int | None = None
+) -> Standing:
+    """Regrets of the traces of one strategy, up to the number of trials that they had."""
+    counts = (
+        TRIALS if trials is None else (*(n for n in TRIALS if n < trials), trials)[: len(TRIALS)]
+    )
     sweeps = [sweep_s(trace.table, jobs) for trace in traces]
     arrived = [trace.reached(NEAR) for trace in traces]
     return Standing(
         strategy=name,
-        by_trials={n: Spread.of([trace.regret(trials=n) for trace in traces]) for n in TRIALS},
+        by_trials={n: Spread.of([trace.regret(trials=n) for trace in traces]) for n in counts},
         by_share={
             share: Spread.of([
                 trace.regret(seconds=share * sweep)

@@ -288,7 +288,11 @@ class _Tuning:
         if verdict.reason:
             return self._result("partial", trials, verdict.best, verdict.reason)
         run.ledger.winner(verdict.best)
-        return self._result("improved" if verdict.improved else "unimproved", trials, verdict.best)
+        status, reason = "improved" if verdict.improved else "unimproved", ""
+        if not trials.is_exhausted:
+            tried = f"{len(records)} of {trials.limit} trials"
+            reason = f"{STATUSES[status]}; time for {tried}: run it again, or with more effort"
+        return self._result(status, trials, verdict.best, reason)
 
     def _rank(self, index: int, problem: Problem) -> TuneResult:
         """Compile and rank the configs of one problem for a device that is absent."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoflash import benchmark, settings
+from autoflash import benchmark, cli, settings
 from autoflash import device as devices
 from autoflash.benchmark import GRIDS, Report, Row, grid, run, table
 from autoflash.benchmark.runner import PROVIDERS
@@ -322,6 +322,8 @@ def test_a_run_that_is_stopped_leaves_what_it_measured(cpu: Device, tmp_path: Pa
 def test_requests_without_sense_are_refused(cpu: Device) -> None:
     with pytest.raises(UnknownName, match="cudn"):
         run([TINY], cpu, ["cudn"])
+    with pytest.raises(InvalidInput, match="b0s64h2/2d32c-float32 has no work in it"):
+        run([Problem.parse("b0s64h2d32c-float32")], cpu, ["naive"])
     with pytest.raises(InvalidInput, match="nothing to compare"):
         run([], cpu)
     with pytest.raises(InvalidInput, match="nothing to compare"):
@@ -412,3 +414,12 @@ def test_dispatch_overhead_refuses_what_is_no_problem() -> None:
     assert ran.returncode == 2
     assert "is not of the form" in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_a_bench_that_could_time_nothing_says_so_by_its_exit_code(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "--arch", "cpu", "--shape", "b1s64h2d32c", "--providers", "cudnn"])
+    assert ended.value.code == 5
+    assert "not timed: cudnn" in capsys.readouterr().out

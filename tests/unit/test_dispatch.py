@@ -17,7 +17,7 @@ from autoflash.codegen.template import Source, Template
 from autoflash.config import Config
 from autoflash.device import KNOWN_GPUS, Device
 from autoflash.dispatch_table import DispatchTable, Leaf
-from autoflash.errors import CompileError
+from autoflash.errors import CompileError, UnknownName
 from autoflash.problem import MAX_DISTANCE, Problem
 from autoflash.record import Measurement, Record
 from autoflash.runtime import serving, warn
@@ -565,3 +565,9 @@ def test_why_names_the_leaf_and_what_the_table_is_worth(catalog: Catalog) -> Non
     short = explain("b1s601h8d64c", dispatcher=dispatcher)
     assert "seqlen_q <= 1024, where the default is best; 2 shapes" in short.reason
     assert explain("b1s601h8d64f", dispatcher=dispatcher).table is None
+
+
+def test_a_device_may_be_named_by_its_arch() -> None:
+    assert explain("b1s4096h16d128c-bfloat16", "sm90").device.name == "NVIDIA H100 80GB HBM3"
+    with pytest.raises(UnknownName, match="nvidia-h200"):
+        explain("b1s4096h16d128c-bfloat16", "nvidia-h200")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.exports import GPU, H200, database, selection, tried
+from support.exports import GPU, H200, database, selection, tried, written
 
 from autoflash import cli, export, settings
 from autoflash.codegen.catalog import installed
@@ -345,3 +345,24 @@ def test_mistakes_are_explained(
     assert (code, said) == (2, "")
     assert message in remarks
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_somebody_else_is_not_overwritten(tmp_path: Path) -> None:
+    chosen = selection("cuda-header", pack=H200)
+    written(tmp_path, "cuda-header", chosen)
+    mine = tmp_path / "more.h"
+    mine.write_text("mine")
+    again = export.target("cuda-header").files(chosen, export.Options())
+    with pytest.raises(InvalidInput, match=r"more\.h, which no export wrote"):
+        export.write(tmp_path, "cuda-header", chosen, {**again, "more.h": "ours"})
+    assert mine.read_text() == "mine"
+    written(tmp_path, "cuda-header", chosen)
+    assert mine.read_text() == "mine"
+
+
+def test_an_export_of_another_form_is_not_replaced(tmp_path: Path) -> None:
+    written(tmp_path, "cuda-header", selection("cuda-header", pack=H200))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InvalidInput, match="holds an export of cuda-header, which one of json"):
+        written(tmp_path, "json", selection("json", pack=H200))
+    assert sorted(tmp_path.iterdir()) == before

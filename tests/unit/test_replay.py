@@ -207,3 +207,10 @@ def test_recorded_tables_are_of_known_problems() -> None:
     for one in tables:
         assert len(one.rows) >= 40, one.name
         assert all(space.default in one.rows for space in one.header.spaces.values()), one.name
+
+
+def test_searches_are_compared_only_up_to_the_trials_they_had() -> None:
+    tables = [table()]
+    for trials, counts in ((8, [5, 8]), (20, [5, 10, 20]), (None, [5, 10, 20, 40, 80])):
+        (found,) = simulate(tables, ["random"], seeds=1, trials=trials)
+        assert list(found.by_trials) == counts
