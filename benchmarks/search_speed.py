@@ -73,13 +73,12 @@ def main() -> int:
         names = {table.header.device.name for table in tables}
         if len(names) > 1:
             raise InvalidInput(f"tables of several devices ({', '.join(sorted(names))}): give one.")
+        problems = options.real.split(",") if options.real else []
+        wanted = [_of(tables, Problem.parse(name)) for name in problems]
         alone = compile_alone(tables, options.alone) if options.alone else None
         report = compared(tables, options.seeds, alone)
-        if options.real:
-            wanted = [Problem.parse(name) for name in options.real.split(",")]
-            report["real"] = [
-                real(_of(tables, problem), options.seconds, alone) for problem in wanted
-            ]
+        if wanted:
+            report["real"] = [real(table, options.seconds, alone) for table in wanted]
     except AutoflashError as error:
         print(f"search_speed: {error}", file=sys.stderr)
         return 2
