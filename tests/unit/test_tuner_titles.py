@@ -226,7 +226,7 @@ def test_a_template_that_cannot_be_built_takes_no_time_from_the_others(
 def test_a_default_that_is_wrong_does_not_end_a_short_search(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AUTOFLASH_JOBS", "1")
+    monkeypatch.setattr(tuner.build, "jobs_within_memory", lambda *options: 1)
     workers = Workers()
     workers.faults[6, 3] = {"outcome": "wrong_result", "reason": "nan"}
     (result,) = run(database, workers, max_seconds=2.0)
