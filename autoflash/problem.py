@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -337,6 +337,17 @@ class Problem:
         left = self.seqlen_k if self.window_left is None else self.window_left
         right = self.seqlen_q if self.window_right is None else self.window_right
         return min(self.seqlen_k, left + 1 + (0 if self.causal else right))
+
+
+def require_work(problems: Iterable[Problem]) -> None:
+    """See that there is something to time.
+
+    Raises:
+        InvalidInput: a problem has no work in it.
+    """
+    for problem in problems:
+        if not problem.flops:
+            raise InvalidInput(f"{problem.name} has no work in it: there is nothing to time.")
 
 
 def _bound(value: int | None) -> str:

@@ -13,7 +13,7 @@ from autoflash.benchmark.ahead import build_ahead
 from autoflash.benchmark.report import OURS, Report, Row
 from autoflash.device import Device
 from autoflash.errors import InvalidInput, UnknownName
-from autoflash.problem import Problem
+from autoflash.problem import Problem, require_work
 from autoflash.record import Measurement
 from autoflash.tuning.environment import environment
 from autoflash.tuning.expected import make_case
@@ -78,9 +78,7 @@ def run(
     wanted = list(problems)
     if not wanted or not chosen:
         raise InvalidInput("there is nothing to compare: no problem or no provider was given.")
-    for problem in wanted:
-        if not problem.flops:
-            raise InvalidInput(f"{problem.name} has no work in it: there is nothing to time.")
+    require_work(wanted)
     _require(device)
     build_ahead(wanted, device, chosen, on_start=on_build)
     timer = Timer(device, seed=seed)

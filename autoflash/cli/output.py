@@ -78,9 +78,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 
 def us(latency_us: float | None) -> str:
     """A time in microseconds with three or more significant digits."""
-    if latency_us is None:
-        return ""
-    return f"{latency_us:.0f}" if latency_us >= 99.5 else f"{latency_us:.3g}"
+    return "" if latency_us is None else _significant(latency_us)
+
+
+def _significant(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.5 else f"{value:.3g}"
 
 
 def ratio(reference_us: float | None, latency_us: float | None) -> str:
@@ -104,8 +106,7 @@ def duration(seconds: float) -> str:
 
 def tflops(record: Record) -> str:
     """The rate of a record."""
-    rate = record.problem.tflops(record.latency_us) if record.latency_us else None
-    return "" if rate is None else f"{rate:.0f}" if rate >= 99.5 else f"{rate:.3g}"
+    return _significant(record.problem.tflops(record.latency_us)) if record.latency_us else ""
 
 
 def kernel(config: Config | None) -> str:

@@ -156,7 +156,8 @@ def _card(name: str, selection: Selection, binaries: bool) -> str:
     device = selection.device
     notes = [
         f"Attention kernels that autoflash tuned for {device.name} ({device.arch}), in the",
-        "layout of Hugging Face `kernels`. They need PyTorch, those in Triton that too.",
+        "layout of Hugging Face `kernels`. They need PyTorch, those in",
+        "Triton that too, and none autoflash.",
         "Forward only: calls that need gradients are PyTorch's.",
     ]
     if device.is_cuda:

@@ -62,7 +62,7 @@ class Trials:
         fresh: trials made by this run.
         limit: most trials, those of earlier runs included.
         defaults: the default config of every template that accepts the problem and is feasible.
-        is_exhausted: whether nothing is left to try: of the space, or of the number of trials.
+        champion: the stored winner when the search began, or None.
         refusals: template -> why it does not take the problem, or cannot be compiled here.
     """
 
@@ -88,11 +88,12 @@ class Trials:
             seed=run.seed,
             sampler=run.strategy.sampler,
         )
-        champion = run.best(problem)
-        held = [champion.config] if champion else []
-        spared = [c for c in held if c.template in spaces and c in set(spaces[c.template].configs)]
+        self.champion = run.best(problem)
         # What must be known before a winner is named: it is tried whatever the limits.
-        self._musts = list(dict.fromkeys([*self.defaults, *spared]))
+        self._musts = [*self.defaults]
+        held = self.champion.config if self.champion else None
+        if held is not None and held not in self._musts and held.template in spaces:
+            self._musts += [held] if held in set(spaces[held.template].configs) else []
         self.limit = min(limit, len(self._searcher))
         # On a CPU compilers would disturb what is timed: a batch is compiled, then measured.
         self._exclusive = not run.device.is_cuda
@@ -112,7 +113,7 @@ class Trials:
         self._longest_s = 0.0  # that a candidate of this problem took, of those that came through
         self._proposed = 0
         self._closed = False  # nothing more is asked for
-        self.is_exhausted = False
+        self._swept = False  # the searcher has nothing more to propose
         self._blocked: dict[str, AutoflashError] = {}  # template -> why it cannot be built here
         self._evaluate_s = 0.5 + _CALLS * call_s(problem, run.device)  # a moving average
         for record in run.stored(problem):
@@ -132,6 +133,11 @@ class Trials:
     def best_us(self) -> float | None:
         """Its time."""
         return self.best.latency_us if self.best else None
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether nothing is left to try, of the space or of the number of trials."""
+        return len(self.records) >= self.limit or (self._swept and not self._blocked)
 
     @property
     def obstacle(self) -> str:
@@ -174,8 +180,7 @@ class Trials:
         while self._may_ask():
             config = self._searcher.ask()
             if config is None:
-                self._closed = True
-                self.is_exhausted = not self._blocked
+                self._closed = self._swept = True
             elif config.template in self._blocked or self._is_barred(config):
                 self._searcher.tell(config, None)
             else:
@@ -185,10 +190,9 @@ class Trials:
 
     def _may_ask(self) -> bool:
         under_way = len(self._compiling) + len(self._ready) + bool(self._running)
-        if len(self.records) + under_way >= self.limit:
-            self.is_exhausted = len(self.records) >= self.limit
-            return False
         if self._closed or under_way >= self._batch:
+            return False
+        if len(self.records) + under_way >= self.limit:
             return False
         if not self.fresh and self._proposed >= len(self._musts) and not self._has_time():
             return under_way == 0  # whether to go on is known when the defaults are

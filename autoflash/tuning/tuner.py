@@ -15,7 +15,7 @@ from autoflash.codegen.catalog import Catalog, installed
 from autoflash.codegen.template import Template
 from autoflash.device import Device
 from autoflash.errors import DatabaseError, InvalidInput
-from autoflash.problem import Problem
+from autoflash.problem import Problem, require_work
 from autoflash.record import Record
 from autoflash.tuning import effort as efforts
 from autoflash.tuning import finals
@@ -264,7 +264,7 @@ class _Tuning:
         self._under_way = trials
         count = len(trials.records)
         self._event("start", index, done=count, total=trials.limit, best_us=trials.best_us)
-        champion = run.best(problem)
+        champion = trials.champion
         deadline = self._budget.deadline(index)
         trials.search(lambda: deadline - time.monotonic() - finals.estimate_s(run, trials.best_us))
         if trials.best is None:
@@ -370,9 +370,7 @@ class _Tuning:
 def _check(problems: Sequence[Problem], max_trials: int | None, max_seconds: float | None) -> None:
     if not problems:
         raise InvalidInput("there is no problem to tune: the list is empty.")
-    for problem in problems:
-        if not problem.flops:
-            raise InvalidInput(f"{problem.name} has no work in it: there is nothing to time.")
+    require_work(problems)
     for name, value in (("max_trials", max_trials), ("max_seconds", max_seconds)):
         if value is not None and not value > 0:
             raise InvalidInput(f"{name}={value}: it must be greater than 0.")

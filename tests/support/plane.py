@@ -103,3 +103,9 @@ def run(
 
 def config(x: int, y: int, same: str = "a") -> Config:
     return Config.of("triton/plane", {"x": x, "y": y, "same": same})
+
+
+def opened(catalog: Catalog = CATALOG) -> Database:
+    """A database in memory that takes records of these templates for current."""
+    digests = {name: template.digest for name, template in catalog.templates.items()}
+    return Database.open("sqlite://", digests=digests)

@@ -18,6 +18,7 @@ from support.plane import (
     Workers,
     bowl,
     config,
+    opened,
     run,
 )
 
@@ -35,9 +36,8 @@ from autoflash.tuning.tuner import Event, tune
 
 @pytest.fixture
 def database() -> Iterator[Database]:
-    digests = {name: template.digest for name, template in CATALOG.templates.items()}
-    with Database.open("sqlite://", digests=digests) as opened:
-        yield opened
+    with opened() as found:
+        yield found
 
 
 # What is found ----------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from support.plane import (
     bowl,
     config,
     measurement,
+    opened,
     run,
 )
 
@@ -39,11 +40,6 @@ from autoflash.tuning.run import Run
 from autoflash.tuning.tuner import tune
 
 Reply = Mapping[str, Any]
-
-
-def opened(catalog: Catalog = CATALOG) -> Database:
-    digests = {name: template.digest for name, template in catalog.templates.items()}
-    return Database.open("sqlite://", digests=digests)
 
 
 @pytest.fixture

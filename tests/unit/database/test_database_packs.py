@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +147,16 @@ def test_the_readme_of_packs_names_every_key(record: Make) -> None:
     text = (SHIPPED / "README.md").read_text(encoding="utf-8")
     for key in record().to_dict():
         assert f"`{key}`" in text
+
+
+def test_a_dump_may_go_into_a_pipe(packs: Path, record: Make) -> None:
+    # Such a name leads nowhere: the target of the link is "pipe:[12345]".
+    read, write_to = os.pipe()
+    with Database.open("sqlite://") as database, os.fdopen(read, "rb") as out:
+        database.set_best(record())
+        database.dump(Path(f"/dev/fd/{write_to}"))
+        os.close(write_to)
+        assert Record.from_dict(json.loads(out.read())) == record()
 
 
 # Dump and load ------------------------------------------------------------------------------------
