@@ -76,6 +76,10 @@ class Device:
         isa = f":{'+'.join(self.isa)}" if self.isa else ""
         return f"{self.slug}:{self.arch}:{self.num_sms}{isa}"
 
+    def rounds(self, tiles: int) -> int:
+        """In how many rounds the multiprocessors take so many tiles, one each at a time."""
+        return -(-tiles // self.num_sms)
+
     def tflops_peak(self, dtype: str) -> float:
         """The matrix rate for a dtype, in TFLOPS; 0 where there is no such instruction."""
         if dtype == "float32":

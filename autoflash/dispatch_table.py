@@ -17,7 +17,7 @@ TILE_ROWS = 128
 """Query rows of the tile by which work is counted: that of most kernels."""
 
 FEATURES: Mapping[str, Callable[[Problem], int]] = {
-    "tiles": lambda p: p.batch * p.num_heads * math.ceil(p.seqlen_q / TILE_ROWS),
+    "tiles": lambda p: p.tiles(TILE_ROWS),
     "seqlen_k": lambda p: p.seqlen_k,
     "seqlen_q": lambda p: p.seqlen_q,
     "heads": lambda p: p.batch * p.num_heads,
@@ -198,8 +198,8 @@ class DispatchTable:
         configs: those that were timed.
         leaves: ranges that no two share a shape of; each training probe is in one.
         probes: the evidence.
-        tuned: (problem, index of its winner's config), as serving by the nearest record would have
-            them.
+        tuned: (problem, index of its winner's config, None where that is what serves without
+            records), as serving by the nearest record would have them.
         environment: versions of what took part.
         created: UTC, ISO 8601 to the second.
     """
@@ -211,7 +211,7 @@ class DispatchTable:
     configs: tuple[Config, ...]
     leaves: tuple[Leaf, ...]
     probes: tuple[Probe, ...]
-    tuned: tuple[tuple[Problem, int], ...] = ()
+    tuned: tuple[tuple[Problem, int | None], ...] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
     created: str = ""
 
@@ -256,7 +256,8 @@ class DispatchTable:
                 for number, (problem, _) in enumerate(self.tuned)
             )
             for distance, number in ranked:
-                time = probe.times_us[self.tuned[number][1]]
+                config = self.tuned[number][1]
+                time = probe.default_us if config is None else probe.times_us[config]
                 if distance <= MAX_DISTANCE and time is not None:
                     return time
         return probe.default_us
@@ -333,8 +334,9 @@ class DispatchTable:
     def _check(self) -> None:
         """Raise a ValueError where parts do not fit together: serving must not meet that."""
         known = range(len(self.configs))
-        used = [leaf.config for leaf in self.leaves if leaf.config is not None]
-        used += [config for _, config in self.tuned] + [probe.default for probe in self.probes]
+        used = [*(leaf.config for leaf in self.leaves), *(config for _, config in self.tuned)]
+        used = [config for config in used if config is not None]
+        used += [probe.default for probe in self.probes]
         if wrong := [index for index in used if index not in known]:
             raise ValueError(f"config {wrong[0]!r} of a table that has {len(self.configs)}")
         if strange := [

@@ -177,6 +177,10 @@ class Problem:
         """Query heads per key/value head: 1 is multi-head, num_heads is multi-query attention."""
         return self.num_heads // self.num_kv_heads
 
+    def tiles(self, rows: int) -> int:
+        """How many tiles of so many query rows there are, of all heads and sequences."""
+        return self.batch * self.num_heads * -(-self.seqlen_q // rows)
+
     @property
     def pairs(self) -> float:
         """Query-key pairs of one head that the mask lets through, by the field's count.

@@ -162,7 +162,9 @@ def generalise(
     seconds: Annotated[
         float | None, typer.Option("--seconds", metavar="S", min=0, help="Most time for the run.")
     ] = None,
-    seed: SeedOption = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Of the shapes and of the random inputs.")
+    ] = 0,
     jobs: JobsOption = None,
     database: DatabaseOption = None,
     as_json: JsonOption = False,

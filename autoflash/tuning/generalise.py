@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from autoflash import build, settings
 from autoflash.build import cache
 from autoflash.codegen.catalog import Catalog, installed
+from autoflash.codegen.defaults import defaults
 from autoflash.config import Config
 from autoflash.device import Device
 from autoflash.dispatch_table import TURNS, DispatchTable, Family, Probe
@@ -99,7 +100,7 @@ def generalise(
         effort: how carefully the turns are timed: rounds and time of an Effort's finals.
         max_seconds: for everything; None is no limit.
         templates: names of those that may be used; None is all.
-        seed: of the inputs, and of the order of turns.
+        seed: of the shapes, of the inputs, and of the order of turns.
         on_event: called with each Event.
         catalog: of templates; None is the installed one.
         workers: what compiles and runs candidates; None: processes of our own.
@@ -171,13 +172,17 @@ def generalise(
 class _FamilyWork:
     """One family: its winners, its shapes and what was measured of them."""
 
-    def __init__(self, family: Family, records: Sequence[Record], device: Device, count: int):
+    def __init__(self, family: Family, records: Sequence[Record], run: Run, count: int) -> None:
         self.family = family
         fastest_first = sorted(records, key=lambda record: record.latency_us or 0.0)
         won = Counter(record.config for record in fastest_first)
         self.configs = [config for config, _ in won.most_common(MOST_WINNERS)]
-        self.tuned = [(record.problem, record.config) for record in records]
-        self.shapes = probes([record.problem for record in records], device, count)
+        self.tuned = [
+            (record.problem, None if _won_by_default(record, run) else record.config)
+            for record in records
+        ]
+        tuned = [record.problem for record in records]
+        self.shapes = probes(tuned, run.device, count, run.seed)
         self.times: dict[Problem, tuple[Config, Mapping[Config, float | None]]] = {}
         self.lost: dict[Problem, str] = {}  # shapes that cannot be measured, and why
 
@@ -198,7 +203,7 @@ class _Generalising:
         for record in records:
             families.setdefault(Family.of(record.problem), []).append(record)
         self._families = [
-            _FamilyWork(family, some, run.device, count) for family, some in families.items()
+            _FamilyWork(family, some, run, count) for family, some in families.items()
         ]
         self._seconds = max_seconds
         self._total = sum(len(work.shapes) for work in self._families)
@@ -325,7 +330,8 @@ def _table(run: Run, work: _FamilyWork) -> DispatchTable | None:
     ]
     if all(probe.held_out for probe in measured):
         return None
-    known = {config: index for index, config in enumerate(configs)}
+    known: dict[Config | None, int | None] = {None: None}
+    known |= {config: index for index, config in enumerate(configs)}
     names = sorted({config.template for config in configs})
     return DispatchTable(
         device=run.device,
@@ -339,6 +345,12 @@ def _table(run: Run, work: _FamilyWork) -> DispatchTable | None:
         environment=dict(run.environment),
         created=now(),
     )
+
+
+def _won_by_default(record: Record, run: Run) -> bool:
+    """Whether a winner is what serves its problem without records: it speaks for the default."""
+    templates = run.accepting(record.problem)
+    return defaults(templates, record.problem, run.device)[:1] == [record.config]
 
 
 def _key(config: Config) -> str:

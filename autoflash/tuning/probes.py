@@ -17,6 +17,8 @@ _ROOT = 1.1673039782614187
 """Of x^5 = x + 1. Multiples of 1 over its powers, modulo 1, fill a box of four dimensions evenly
 however many are taken (the R-sequence of M. Roberts, 2018): any beginning of the list is spread
 out, and so is every fifth of it."""
+_APART = 10007
+"""Places of the sequence between two seeds. A prime: winners, too, are taken by turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ _GPU = _Range(rows=(7, 15), heads=(3, 10), call_s=5e-3, bytes=2 << 30)
 _CPU = _Range(rows=(6, 12), heads=(1, 6), call_s=30e-3, bytes=128 << 20)
 
 
-def probes(winners: Sequence[Problem], device: Device, count: int) -> list[Problem]:
+def probes(winners: Sequence[Problem], device: Device, count: int, seed: int = 0) -> list[Problem]:
     """Shapes like those of the winners, spread over heads, lengths and heads that share keys.
 
     Three in five are square; one in five has many times more keys than rows, as a prompt that is
@@ -52,11 +54,13 @@ def probes(winners: Sequence[Problem], device: Device, count: int) -> list[Probl
         winners: problems of one family that were tuned; at least one.
         device: decides how large they may be.
         count: how many.
+        seed: another one gives others, spread as evenly: judges that no earlier choice has met.
     """
     found: dict[Problem, None] = {}
+    first = _APART * seed
     tuned, families = set(winners), {Family.of(problem) for problem in winners}
     # A range so narrow that it does not hold as many shapes ends the search.
-    for number in range(20 * count):
+    for number in range(first, first + 20 * count):
         if len(found) == count:
             break
         place = [(0.5 + (number + 1) / _ROOT**power) % 1.0 for power in (1, 2, 3, 4)]

@@ -29,7 +29,7 @@ from autoflash.dispatch_table import Bound, DispatchTable, Family, Leaf, Probe
 from autoflash.errors import InvalidInput
 from autoflash.export import Options, Selection, package, write
 from autoflash.problem import Problem
-from autoflash.runtime.dispatch import Dispatcher
+from autoflash.runtime.dispatch import Dispatcher, Learned
 
 SUPPORT = Path(__file__).parents[1] / "support"
 SOURCES = Options(binaries=False)
@@ -220,14 +220,13 @@ def drawn(count: int, seed: int = 0) -> list[Problem]:
 
 
 def test_the_table_picks_what_autoflash_would(load: Callable[..., types.ModuleType]) -> None:
-    selection = exports.reviewed()
+    selection = dataclasses.replace(exports.reviewed(), tables=exports.reviewed_tables())
     table = load(selection, "tuned_h200")._attention.choices.__globals__
     choices, facts = table["choices"], table["table"]()["kernels"]
-    served = Dispatcher(
-        selection.device, [entry.record for entry in selection.entries], installed(),
-        missing=lambda *_: None,
-    )  # fmt: skip
-    rules = {"exact": "exact", "bucket": "nearest"}
+    records = [entry.record for entry in selection.entries]
+    learned = Learned(records, selection.tables)
+    served = Dispatcher(selection.device, learned, installed(), missing=lambda *_: None)
+    rules = {"exact": "exact", "table": "table", "bucket": "nearest"}
     exported = {facts["source_digest"] for facts in facts.values()}
     seen = set()
     for problem in [*(entry.problem for entry in selection.entries), *drawn(150)]:
@@ -236,9 +235,14 @@ def test_the_table_picks_what_autoflash_would(load: Callable[..., types.ModuleTy
         if expected.rule == "default":  # 8 bits, and a head_dim that was not tuned with them
             assert found is None, problem.name
             continue
-        source = expected.template.render(expected.config, problem, selection.device)
+        # A default that looks at sizes is in a package as it was at the nearest shape.
+        config = (
+            expected.record.config if expected.record else default_near(expected.table, problem)
+        )
+        template = installed().get(config.template)
+        source = template.render(config, problem, selection.device)
         if source.digest not in exported:  # in Gluon, a source for each number of heads a group
-            assert (expected.template.language, problem.group_size > 1) == ("python", True)
+            assert (template.language, problem.group_size > 1) == ("python", True)
             continue
         assert found is not None, problem.name
         assert (found[0], facts[found[1]]["source_digest"]) == (
@@ -246,7 +250,15 @@ def test_the_table_picks_what_autoflash_would(load: Callable[..., types.ModuleTy
             source.digest,
         ), problem.name
         seen.add(found[0])
-    assert seen == {"exact", "nearest"}
+    assert seen == {"exact", "table", "nearest"}
+
+
+def default_near(table: DispatchTable | None, problem: Problem) -> Config:
+    """The default at the nearest shape that a table was chosen by; all its leaves say so here."""
+    assert table is not None
+    assert [leaf.config for leaf in table.leaves] == [None]
+    chosen_by = [probe for probe in table.probes if not probe.held_out]
+    return table.configs[min(chosen_by, key=lambda p: problem.distance(p.problem)).default]
 
 
 def test_a_kernel_serves_only_what_it_was_compiled_for(

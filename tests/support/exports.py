@@ -13,6 +13,7 @@ from autoflash import export
 from autoflash.codegen.catalog import installed
 from autoflash.database import Database
 from autoflash.device import KNOWN_GPUS, Device
+from autoflash.dispatch_table import DispatchTable
 from autoflash.export import Entry, Selection
 from autoflash.problem import Problem
 from autoflash.record import Record
@@ -85,6 +86,12 @@ def reviewed(*names: str) -> Selection:
     lines = map(json.loads, H200.read_text(encoding="utf-8").splitlines())
     records = [Record.from_dict(line) for line in lines if "problem" in line]
     return selected(each for each in records if not names or each.problem.name in names)
+
+
+def reviewed_tables() -> tuple[DispatchTable, ...]:
+    """The reviewed dispatch tables of the H200."""
+    lines = map(json.loads, H200.read_text(encoding="utf-8").splitlines())
+    return tuple(DispatchTable.from_dict(line["table"]) for line in lines if "table" in line)
 
 
 def written(folder: Path, target: str, chosen: Selection, **options: Any) -> Path:

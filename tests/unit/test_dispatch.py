@@ -146,6 +146,29 @@ def test_the_nearest_record_stands_in(catalog: Catalog) -> None:
     assert "b1s1536h8/8d64c-bfloat16" in served.reason
 
 
+def test_where_the_default_won_it_stands_in_as_it_is_for_the_sizes_asked(tmp_path: Path) -> None:
+    written = TEMPLATE.replace(
+        "[default]\nblock_m = 64", '[default]\nblock_m = "64 if problem.seqlen_q <= 1024 else 128"'
+    ).format(limit=256)
+    for name in ("triton/fwd", "triton/later"):
+        (tmp_path / f"{name}.py.jinja").parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py.jinja").write_text(written)
+    catalog = Catalog.load(tmp_path)
+    winner = record(catalog, ASKED, config=values())
+    served = Dispatcher(HERE, [winner], catalog, Builder()).serve(Problem.parse("b1s2048h8d64c"))
+    assert (served.rule, served.record) == ("bucket", winner)
+    assert served.config == values(block_m=128)
+    assert served.reason.endswith("; the default is best there")
+    # A config that is no default won by itself;
+    # so did the default of a template that others go before.
+    later = Config.of("triton/later", dict(values().pairs))
+    for config in (values(block_m=32), later):
+        digest = catalog.get(config.template).digest
+        other = record(catalog, ASKED, config=config, template_digest=digest)
+        served = Dispatcher(HERE, [other], catalog, Builder()).serve(Problem.parse("b1s2048h8d64c"))
+        assert (served.config, "default" in served.reason) == (other.config, False)
+
+
 def test_a_record_too_far_away_does_not_stand_in(catalog: Catalog) -> None:
     far = record(catalog, "b1s1024h8d64c")
     decoding = Problem.parse("b1s1x1024h8d64c")

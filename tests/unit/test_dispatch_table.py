@@ -105,6 +105,15 @@ def test_what_cannot_serve_falls_back_as_serving_does() -> None:
         made.time_us("best", cannot)
 
 
+def test_a_winner_that_was_the_default_speaks_for_the_default() -> None:
+    other = probe(2048, 90.0, 80.0, default=1)  # a default that looks at sizes
+    made = table(probes=(other,), tuned=((parse("b1s1536h8d64c"), 0),))
+    assert made.time_us("nearest", other) == 90.0
+    by_default = table(probes=(other,), tuned=((parse("b1s1536h8d64c"), None),))
+    assert by_default.time_us("nearest", other) == 80.0
+    assert DispatchTable.from_dict(json.loads(json.dumps(by_default.to_dict()))) == by_default
+
+
 def test_no_shape_is_no_regret() -> None:
     assert table(probes=(probe(64, 1.0, 2.0),)).regret("table", held_out=True) == (0, 0.0, 0.0, "")
 

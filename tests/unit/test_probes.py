@@ -26,14 +26,22 @@ def test_more_shapes_begin_with_the_same_ones() -> None:
     assert probes(WINNERS, GPU, 40)[:25] == probes(WINNERS, GPU, 25)
 
 
+def test_another_seed_gives_other_shapes_spread_as_evenly() -> None:
+    first, second = probes(WINNERS, GPU, 30), probes(WINNERS, GPU, 30, seed=1)
+    assert len(set(first) & set(second)) < 10  # sizes are few, so that some meet again
+    assert probes(WINNERS, GPU, 30, seed=1) == second
+
+
 def test_a_fifth_is_held_out_of_any_beginning() -> None:
     for count in (5, 10, 30):
         assert sum(map(is_held_out, range(count))) == count // 5
 
 
+@pytest.mark.parametrize("seed", [0, 1, 7])
 @pytest.mark.parametrize("held_out", [False, True])
-def test_shapes_are_spread_over_lengths_heads_and_groups(held_out: bool) -> None:
-    found = [p for n, p in enumerate(probes(WINNERS, GPU, 60)) if is_held_out(n) == held_out]
+def test_shapes_are_spread_over_lengths_heads_and_groups(held_out: bool, seed: int) -> None:
+    every = probes(WINNERS, GPU, 60, seed)
+    found = [problem for number, problem in enumerate(every) if is_held_out(number) == held_out]
     share = len(found) / 60
     heads = [p.batch * p.num_heads for p in found]
     assert max(heads) >= 16 * min(heads)

@@ -190,17 +190,17 @@ struct Turn {
   }
 };
 
-CUTE_DEVICE int draw(Arguments const& args, Shared& shared, Turn const& turn) {
-  int next = turn.index + gridDim.x;
-  if (args.counter != nullptr) {
-    const unsigned drawn = atomicAdd(args.counter, 1u);
-    if (drawn + 1 == unsigned(args.tiles)) atomicExch(args.counter, 0u);
-    next = gridDim.x + drawn;
-  }
+CUTE_DEVICE int draw(Arguments const& args, Turn const& turn) {
+  if (args.counter == nullptr) return turn.index + gridDim.x;
+  const unsigned drawn = atomicAdd(args.counter, 1u);
+  if (drawn + 1 == unsigned(args.tiles)) atomicExch(args.counter, 0u);
+  return gridDim.x + drawn;
+}
+
+CUTE_DEVICE void hand_over(Shared& shared, Turn const& turn, int next) {
   Barrier::wait(&shared.drawn_empty[turn.slot()], turn.parity() ^ 1);
   shared.drawn[turn.slot()] = next;
   Barrier::arrive(&shared.drawn_full[turn.slot()]);
-  return next;
 }
 
 CUTE_DEVICE int drawn(Shared& shared, Turn const& turn) {
@@ -272,13 +272,22 @@ CUTE_DEVICE void produce(Arguments const& args, Shared& shared) {
                                tile.batch);
       }
     }
+    // The next tile is drawn before the last keys are asked for, when the end of this one is near: who draws at the
+    // start of a long tile keeps the next from those who end before. That cost up to a quarter of the time where
+    // blocks take one or two tiles.
     int next = 0;
-    if constexpr (kDynamic) next = draw(args, shared, turn);
+    if constexpr (kDynamic) {
+      if (keys.end - keys.begin <= 1) next = draw(args, turn);
+    }
     CUTE_NO_UNROLL
     for (int n = keys.end - 2; n >= keys.begin; --n) {
+      if constexpr (kDynamic) {
+        if (n == keys.begin) next = draw(args, turn);
+      }
       load_k(n);
       load_v(n);
     }
+    if constexpr (kDynamic) hand_over(shared, turn, next);
     if constexpr (!kPersistent) break;
     turn.advance(kDynamic ? next : turn.index + gridDim.x);
   }
