@@ -51,3 +51,10 @@ def defaults(templates: Iterable[Template], problem: Problem, device: Device) ->
     """The defaults of those that accept the problem, in the order in which they are tried."""
     found = (default_of(each, problem, device) for each in sorted(templates, key=place))
     return [each.config for each in sorted(filter(None, found), key=lambda each: each.gives_way)]
+
+
+def is_first_default(
+    config: Config, templates: Iterable[Template], problem: Problem, device: Device
+) -> bool:
+    """Whether a config is what serves the problem without records."""
+    return defaults(templates, problem, device)[:1] == [config]

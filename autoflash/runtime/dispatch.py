@@ -24,7 +24,7 @@ from typing import TypeVar, cast
 from autoflash import build
 from autoflash.build import Kernel
 from autoflash.codegen.catalog import Catalog
-from autoflash.codegen.defaults import Default, default_of, defaults, place
+from autoflash.codegen.defaults import Default, default_of, is_first_default, place
 from autoflash.codegen.template import Source, Template
 from autoflash.config import Config
 from autoflash.device import Device
@@ -283,11 +283,12 @@ class Dispatcher:
         b4s4096h16d128f, tiles of 192 rows as the default there, takes 1.39 times as long as the
         default's tiles of 128 (NVIDIA H200).
         """
-        templates = self.catalog.templates.values()
         key = ("default won", record.problem, record.device, record.config)
         if key not in self._answers:
-            first = defaults(templates, record.problem, record.device)[:1]
-            self._answers[key] = first == [record.config]
+            every = self.catalog.templates.values()
+            self._answers[key] = is_first_default(
+                record.config, every, record.problem, record.device
+            )
         return bool(self._answers[key])
 
     def _tabled(self, problem: Problem) -> Choice | None:

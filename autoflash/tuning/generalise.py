@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from autoflash import build, settings
 from autoflash.build import cache
 from autoflash.codegen.catalog import Catalog, installed
-from autoflash.codegen.defaults import defaults
+from autoflash.codegen.defaults import is_first_default
 from autoflash.config import Config
 from autoflash.device import Device
 from autoflash.dispatch_table import TURNS, DispatchTable, Family, Probe
@@ -350,7 +350,7 @@ def _table(run: Run, work: _FamilyWork) -> DispatchTable | None:
 def _won_by_default(record: Record, run: Run) -> bool:
     """Whether a winner is what serves its problem without records: it speaks for the default."""
     templates = run.accepting(record.problem)
-    return defaults(templates, record.problem, run.device)[:1] == [record.config]
+    return is_first_default(record.config, templates, record.problem, run.device)
 
 
 def _key(config: Config) -> str:

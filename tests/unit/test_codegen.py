@@ -93,6 +93,37 @@ def test_facts_are_names_for_what_no_tunable_decides(tmp_path: Path) -> None:
     assert len(template.space(wide, SM80)) == 6 > len(template.space(PROBLEM, SM80))
 
 
+def test_a_fact_that_fails_is_named(tmp_path: Path) -> None:
+    facts = '[facts]\nfine = "problem.head_dim"\nwrong = "fine // (fine - 64)"\n\n[tunables]'
+    template = template_of(tmp_path, GOOD.replace("[tunables]", facts))
+    assert template.decisive(dataclasses.replace(PROBLEM, head_dim=128), SM80)[-2:] == (128, 2)
+    with pytest.raises(TemplateError, match=r"fact wrong: .* by zero") as caught:
+        template.decisive(PROBLEM, SM80)
+    assert caught.value.line == 11
+
+
+@pytest.mark.parametrize("template", installed().templates.values(), ids=lambda t: t.name)
+def test_facts_are_asked_for_at_once(template: Template, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = dataclasses.replace(Problem.parse("b3s1100x5000h8/2d64c"), op=template.op)
+    one_by_one = {
+        name: template._evaluate(text, template._facts(problem, SM80), name)
+        for name, text in template.facts.items()
+    }
+    monkeypatch.setattr(Template, "_evaluate", lambda *_: pytest.fail("one by one"))
+    facts = template._facts(problem, SM80)
+    assert {name: facts[name] for name in template.facts} == one_by_one
+
+
+def test_every_token_asks_the_same_of_a_template() -> None:
+    h200 = KNOWN_GPUS["sm90"]
+    for name in ("cuda/fwd_sm80", "cuda/fwd_sm90", "cuda/fwd_fp8_sm90", "gluon/fwd_sm90"):
+        template = installed().get(name)
+        dtype = "float8_e4m3fn" if "fp8" in name else "bfloat16"
+        for shape in ("b8s1x{}h32/8d128c", "b1s{}h32/8d128c"):
+            lengths = (Problem.parse(f"{shape.format(n)}-{dtype}") for n in range(5000, 5100))
+            assert len({template.decisive(each, h200) for each in lengths}) <= 3, name
+
+
 def test_render_binds_constants_and_the_argument_list(tmp_path: Path) -> None:
     template = template_of(tmp_path, GOOD)
     source = template.render(template.default_config(PROBLEM, SM80), PROBLEM, SM80)
